@@ -1,0 +1,102 @@
+"""What a user may ask of the engine (`EngineOptions`) and what it became (`EngineConfig`).
+
+`resolve` in `engine/llm.py` turns one into the other once; nothing downstream sees "auto".
+The command line, the YAML file and `LLM(...)` are all generated from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import InvalidParam
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def option(default: Any, help: str) -> Any:  # the argparse word
+    """A dataclass field that carries its one-line help for the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Requested configuration. None means: chosen from the model and the device."""
+
+    model: str = option(DEFAULT_MODEL, "registry name, GGUF file, Hugging Face or Orbax folder, or hub name")
+    tokenizer: str | None = option(None, "folder or GGUF file to take the tokenizer from (default: the model's)")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of weights, activations and KV cache")
+    max_model_len: int | None = option(None, "longest sequence, prompt and output together, in tokens")
+    max_num_seqs: int | None = option(None, "sequences that run at once")
+    max_num_batched_tokens: int | None = option(None, "prefill tokens a step")
+    page_size: int | None = option(None, "tokens in a page of the KV cache")
+    kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes")
+    enable_prefix_caching: bool = option(True, "reuse KV pages of equal prompt prefixes")
+    decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
+    overlap: bool = option(True, "launch a step before the tokens of the last one are read")
+    max_queued_requests: int = option(1024, "requests that may wait; more are answered with 429")
+    skip_tokenizer_init: bool = option(False, "token ids in and out, no text")
+    chat_template: str | None = option(None, "file with a Jinja chat template (default: the model's)")
+    seed: int = option(0, "base for the seeds of requests that bring none")
+    cache_dir: str | None = option(None, "for downloads and compiled programs (default: the user's cache folder)")
+    compile_cache: bool = option(True, "keep compiled programs on disk")
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size",
+                     "kv_cache_memory_bytes", "decode_steps", "max_queued_requests"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidParam(name, f"must be a positive integer, got {value!r}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise InvalidParam("dtype", f"must be auto, bfloat16 or float32, got {self.dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Concrete configuration: every number that shapes a program or bounds a queue."""
+
+    dtype: Literal["bfloat16", "float32"]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_prefill_rows: int  # prompts (or chunks) that one prefill step may hold
+    page_size: int
+    num_pages: int  # page 0 is the trash page: written by idle rows, read by none
+    decode_steps: int
+    token_buckets: tuple[int, ...]  # prefill tokens a step, ascending
+    prefill_decode_buckets: tuple[int, ...]  # decode rows riding in a prefill step, ascending from 0
+    decode_buckets: tuple[int, ...]  # rows of a decode step, ascending
+    enable_prefix_caching: bool
+    overlap: bool
+    max_queued_requests: int
+    seed: int
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+
+def options_from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """An options dataclass from plain data. An unknown name is an error with the nearest one."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InvalidParam(name, f"is not an option of {cls.__name__}{hint}")
+    return cls(**values)
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """Folder for downloads and compiled programs: the option, $OCTAVO_CACHE_DIR, or the XDG cache."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    if os.environ.get("OCTAVO_CACHE_DIR"):
+        return Path(os.environ["OCTAVO_CACHE_DIR"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "octavo"

@@ -1,0 +1,75 @@
+"""What a model computes, free of any checkpoint's spelling.
+
+A field names a variant of the mathematics at one point. Per-layer variety is data
+(`LayerSpec`). Names of Hugging Face keys live in `families.py`, GGUF's in `weights/gguf.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding as data: rotates the first `2 * len(inv_freq)` of head_dim, halves layout.
+
+    All scaling methods (linear, llama3, yarn, longrope) reduce to these two fields:
+    angle = position * inv_freq; cos and sin are multiplied by `scale`.
+    """
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What differs between layers. Query i sees key j when i - window < j <= i."""
+
+    rope: Rope | None  # None: no position encoding (NoPE)
+    window: int | None = None  # tokens; None sees everything before it
+    mixer: Literal["attention"] = "attention"
+    ffn: Literal["gated"] = "gated"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    max_position: int  # tokens of context that the model was made for
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norm_eps: float = 1e-5
+    # pre: x + f(norm(x)); post: x + norm(f(x)); sandwich: x + norm(f(norm(x)))
+    norm_place: Literal["pre", "post", "sandwich"] = "pre"
+    # head: RMS over each head's head_dim; full: over all heads together
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    attention_scale: float = 0.0  # multiplies q.k; families.py always sets it
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    tie_embeddings: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def q_per_kv(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    def __post_init__(self) -> None:
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(f"num_q_heads {self.num_q_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
