@@ -1,0 +1,102 @@
+"""One decoder for every dense family, driven by `ModelConfig` and its per-layer `LayerSpec`s.
+
+Works on a flat token axis and knows nothing about sequences, pages or batches: `attend`
+is handed in, and decides what each token sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model.config import ModelConfig, Rope
+from engine.model.layers import (
+    Params,
+    apply_rope,
+    einsum,
+    gated_mlp,
+    rms_norm,
+    rope_cos_sin,
+    softcap,
+)
+
+# attend(layer, q[tokens, q_heads, head_dim], k[tokens, kv_heads, head_dim], v like k) -> like q
+Attend = Callable[[int, Array, Array, Array], Array]
+
+
+def hidden_states(config: ModelConfig, params: Params, tokens: Array, positions: Array, attend: Attend) -> Array:
+    """Last hidden states [tokens, embed] before the final norm.
+
+    tokens, positions: int32 [tokens]. params: see `engine.model.params`.
+    """
+    x = params["embed"][tokens]
+    x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
+    ropes: dict[Rope, tuple[Array, Array]] = {}
+    for i, spec in enumerate(config.layers):
+        weights = layer_params(params, i)
+        with jax.named_scope(f"layer_{i}"):
+            rope = spec.rope and ropes.setdefault(spec.rope, rope_cos_sin(spec.rope, positions))
+            x = _sublayer(config, x, weights, "attn", lambda h: MIXERS[spec.mixer](config, h, weights, rope, i, attend))
+            x = _sublayer(config, x, weights, "mlp", lambda h: FFNS[spec.ffn](config, h, weights))
+    return x
+
+
+def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
+    """float32 [rows, vocab] from hidden states [rows, embed]."""
+    hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
+    weight = params["embed"] if config.tie_embeddings else params["lm_head"]
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    out = jnp.einsum("te,ve->tv", hidden, weight, precision=precision, preferred_element_type=jnp.float32)
+    return softcap(out * config.logits_multiplier, config.final_softcap)
+
+
+def layer_params(params: Params, layer: int) -> Params:
+    """The weights of one layer under their short names."""
+    prefix = f"layers.{layer}."
+    return {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+
+
+def _sublayer(config: ModelConfig, x: Array, weights: Params, name: str, fn: Callable[[Array], Array]) -> Array:
+    """Residual connection with the norms where `config.norm_place` puts them."""
+    hidden = x
+    if config.norm_place in ("pre", "sandwich"):
+        hidden = rms_norm(hidden, weights[f"{name}_norm"], config.norm_eps)
+    hidden = fn(hidden)
+    if config.norm_place in ("post", "sandwich"):
+        hidden = rms_norm(hidden, weights[f"{name}_post_norm"], config.norm_eps)
+    return x + hidden * jnp.asarray(config.residual_multiplier, x.dtype)
+
+
+def _attention(
+    config: ModelConfig, x: Array, weights: Params, rope: tuple[Array, Array] | None, layer: int, attend: Attend
+) -> Array:
+    """Grouped-query attention: project, norm, rotate, attend, project back."""
+    tokens, group = x.shape[0], config.q_per_kv
+    qkv = einsum("te,ekgd->tkgd", x, weights["qkv"])
+    if config.qkv_bias:
+        qkv = qkv + weights["qkv_bias"][None]
+    q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
+    if config.qk_norm == "head":
+        q = rms_norm(q, weights["q_norm"], config.norm_eps)
+        k = rms_norm(k, weights["k_norm"], config.norm_eps)
+    elif config.qk_norm == "full":
+        q = rms_norm(q, weights["q_norm"], config.norm_eps, num_axes=3)
+        k = rms_norm(k, weights["k_norm"], config.norm_eps, num_axes=2)
+    if rope is not None:
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    out = attend(layer, q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
+    out = out.reshape(tokens, config.num_kv_heads, group, config.head_dim)
+    out = einsum("tkgd,kgde->te", out, weights["o"])
+    return out + weights["o_bias"][None] if config.output_bias else out
+
+
+def _gated(config: ModelConfig, x: Array, weights: Params) -> Array:
+    return gated_mlp(x, weights, config.activation)
+
+
+MIXERS = {"attention": _attention}
+FFNS = {"gated": _gated}
+

@@ -1,0 +1,70 @@
+"""The mathematics a decoder is made of: pure functions over named shapes.
+
+Knows nothing about caches, batches or checkpoints. Activations are in the weights' dtype;
+norms, rotary angles, softmax and logits are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model.config import Rope
+
+Params = dict[str, Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def einsum(equation: str, x: Array, weight: Array) -> Array:
+    """Contraction accumulated in float32, returned in x's dtype. float32 inputs lose no bits."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+def rms_norm(x: Array, weight: Array, eps: float, num_axes: int = 1) -> Array:
+    """Root-mean-square norm over the last `num_axes` axes, in float32 (arXiv 1910.07467)."""
+    axes = tuple(range(-num_axes, 0))
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+    return (wide * scale * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
+
+
+def rope_cos_sin(rope: Rope, positions: Array) -> tuple[Array, Array]:
+    """cos and sin, float32 [tokens, rotated / 2], of position * inv_freq (arXiv 2104.09864)."""
+    angles = positions[:, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)[None, :]
+    return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate [tokens, ..., head_dim] in the halves layout; dimensions past 2 * half are kept."""
+    half = cos.shape[-1]
+    middle = (1,) * (x.ndim - 2)
+    cos, sin = (a.reshape(a.shape[0], *middle, half) for a in (cos, sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(a.astype(x.dtype) for a in rotated), rest], axis=-1)
+
+
+def gated_mlp(x: Array, weights: Params, activation: str) -> Array:
+    """down(act(gate(x)) * up(x)); x is [tokens, embed]."""
+    gate_up = einsum("te,ecf->tcf", x, weights["gate_up"])
+    if "gate_up_bias" in weights:
+        gate_up = gate_up + weights["gate_up_bias"][None]
+    gate = ACTIVATIONS[activation](gate_up[:, 0].astype(jnp.float32)).astype(x.dtype)
+    out = einsum("tf,fe->te", gate * gate_up[:, 1], weights["down"])
+    return out + weights["down_bias"][None] if "down_bias" in weights else out
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap): bounds x smoothly (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
