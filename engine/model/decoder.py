@@ -7,12 +7,13 @@ is handed in, and decides what each token sees.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.config import ModelConfig, Rope
+from engine.model.config import ModelConfig
 from engine.model.layers import (
     Params,
     apply_rope,
@@ -34,13 +35,17 @@ def hidden_states(config: ModelConfig, params: Params, tokens: Array, positions:
     """
     x = params["embed"][tokens]
     x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
-    ropes: dict[Rope, tuple[Array, Array]] = {}
+    ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
     for i, spec in enumerate(config.layers):
         weights = layer_params(params, i)
         with jax.named_scope(f"layer_{i}"):
-            rope = spec.rope and ropes.setdefault(spec.rope, rope_cos_sin(spec.rope, positions))
-            x = _sublayer(config, x, weights, "attn", lambda h: MIXERS[spec.mixer](config, h, weights, rope, i, attend))
-            x = _sublayer(config, x, weights, "mlp", lambda h: FFNS[spec.ffn](config, h, weights))
+            hidden = _norm_before(config, x, weights.get("attn_norm"))
+            rope = ropes[spec.rope] if spec.rope else None
+            hidden = MIXERS[spec.mixer](config, hidden, weights, rope, partial(attend, i))
+            x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
+            hidden = _norm_before(config, x, weights.get("mlp_norm"))
+            hidden = FFNS[spec.ffn](config, hidden, weights)
+            x = _add_residual(config, x, hidden, weights.get("mlp_post_norm"))
     return x
 
 
@@ -59,19 +64,22 @@ def layer_params(params: Params, layer: int) -> Params:
     return {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
 
 
-def _sublayer(config: ModelConfig, x: Array, weights: Params, name: str, fn: Callable[[Array], Array]) -> Array:
-    """Residual connection with the norms where `config.norm_place` puts them."""
-    hidden = x
-    if config.norm_place in ("pre", "sandwich"):
-        hidden = rms_norm(hidden, weights[f"{name}_norm"], config.norm_eps)
-    hidden = fn(hidden)
-    if config.norm_place in ("post", "sandwich"):
-        hidden = rms_norm(hidden, weights[f"{name}_post_norm"], config.norm_eps)
+def _norm_before(config: ModelConfig, x: Array, weight: Array | None) -> Array:
+    return x if weight is None else rms_norm(x, weight, config.norm_eps)
+
+
+def _add_residual(config: ModelConfig, x: Array, hidden: Array, post_norm: Array | None) -> Array:
+    if post_norm is not None:
+        hidden = rms_norm(hidden, post_norm, config.norm_eps)
     return x + hidden * jnp.asarray(config.residual_multiplier, x.dtype)
 
 
 def _attention(
-    config: ModelConfig, x: Array, weights: Params, rope: tuple[Array, Array] | None, layer: int, attend: Attend
+    config: ModelConfig,
+    x: Array,
+    weights: Params,
+    rope: tuple[Array, Array] | None,
+    attend: Callable[[Array, Array, Array], Array],
 ) -> Array:
     """Grouped-query attention: project, norm, rotate, attend, project back."""
     tokens, group = x.shape[0], config.q_per_kv
@@ -87,7 +95,7 @@ def _attention(
         k = rms_norm(k, weights["k_norm"], config.norm_eps, num_axes=2)
     if rope is not None:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    out = attend(layer, q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
+    out = attend(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
     out = out.reshape(tokens, config.num_kv_heads, group, config.head_dim)
     out = einsum("tkgd,kgde->te", out, weights["o"])
     return out + weights["o_bias"][None] if config.output_bias else out
@@ -99,4 +107,3 @@ def _gated(config: ModelConfig, x: Array, weights: Params) -> Array:
 
 MIXERS = {"attention": _attention}
 FFNS = {"gated": _gated}
-
