@@ -1,0 +1,56 @@
+# Every target does its own set-up, once: a virtual environment in .venv, made again when
+# pyproject.toml changes. Pass options with ARGS:  make serve ARGS="--port 9000"
+VENV ?= .venv
+ARGS ?=
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check
+
+.PHONY: help serve test check format bench bench-startup aot aot-all clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+serve: $(VENV)/.installed ## serve the embedded default model on port 8000
+	$(bin)/octavo serve $(ARGS)
+
+test: $(VENV)/.installed-test ## run the tests
+	$(bin)/python -m pytest $(if $(ARGS),$(ARGS),-q -m "not slow and not aot")
+
+check: $(VENV)/.installed-test ## formatting, lint and types
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/pyright
+
+format: $(VENV)/.installed-test ## rewrite the files as `make check` wants them
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+
+bench: $(VENV)/.installed-bench ## tokens/s, TTFT and TPOT against other engines on the default model
+	$(bin)/python -m benchmarks.serve $(ARGS)
+
+bench-startup: $(VENV)/.installed-bench ## seconds from process start to ready, cold and warm
+	$(bin)/python -m benchmarks.startup $(ARGS)
+
+aot: $(VENV)/.installed-aot ## compile the step programs for one TPU and one GPU, with neither at hand
+	$(bin)/python -m pytest -q -m "aot and not slow" $(ARGS)
+
+aot-all: $(VENV)/.installed-aot ## the same for every shape and chip that the tests know
+	$(bin)/python -m pytest -q -m aot $(ARGS)
+
+clean: ## remove the environment and what tests and tools left
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml scripts/find-python
+	@if [ ! -x $(bin)/python ]; then \
+	    python=$$(PYTHON="$(PYTHON)" scripts/find-python) || exit 1; \
+	    echo "Setting up $(VENV) with $$python; this takes a minute or two, once."; \
+	    "$$python" -m venv $(VENV) || exit 1; \
+	fi
+	$(pip) install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(pip) install --quiet -e ".[$(if $(filter aot,$*),test$(comma)aot,$*)]"
+	@touch $@
+
+comma := ,

@@ -1,0 +1,1 @@
+"""YAML files that ship with Octavo: models, sharding, serving. Data only; imports nothing."""

@@ -1,0 +1,27 @@
+"""Set-up that every test shares: CPU, strict promotion, a cache of the repository's own.
+
+Knows nothing about any one part; fixtures of a part live beside its tests.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Set before the first `import jax`, and inherited by servers that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("OCTAVO_CACHE_DIR", str(ROOT / ".cache"))
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The GGUF file of the embedded default model, fetched on first use. Mark its tests `model`."""
+    from engine.registry import fetch_default_model  # slow import, and few tests want it
+
+    return fetch_default_model()
