@@ -1,0 +1,81 @@
+"""What one device step shall do, and what it did: the types between scheduler and runner.
+
+A row is "count tokens from start". Knows no JAX; results are numpy arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """A chunk of known tokens: positions [start, start + count) of `seq`."""
+
+    seq: Sequence
+    start: int
+    count: int
+    samples: bool  # the chunk ends the known tokens, so the next token is drawn
+    wants_prompt_logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """Up to `count` tokens decoded from `start`, after `new_pages` joined the block table."""
+
+    seq: Sequence
+    start: int
+    count: int
+    first_new_page: int  # index in the block table
+    new_pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One device step. With prefill rows, decode rows ride along for one token each."""
+
+    prefill_rows: tuple[PrefillRow, ...]
+    decode_rows: tuple[DecodeRow, ...]
+    admitted: tuple[Sequence, ...]  # new in their slots with this step
+
+    @property
+    def num_steps(self) -> int:
+        """Tokens that a decode step may draw for a sequence."""
+        return max((row.count for row in self.decode_rows), default=0)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(row.count for row in self.prefill_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """Tokens that one row drew, with logprobs beside them."""
+
+    token_ids: np.ndarray  # int32 [drawn]
+    logprobs: np.ndarray  # float32 [drawn], of the drawn tokens
+    top_ids: np.ndarray  # int32 [drawn, MAX_LOGPROBS], best first
+    top_logprobs: np.ndarray  # float32 [drawn, MAX_LOGPROBS]
+    faulty: bool  # the logits were not finite; the tokens mean nothing
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """For the tokens of one prefill row: how likely the token after each one was."""
+
+    logprobs: np.ndarray  # float32 [count]; the last is undefined where the next token is unknown
+    top_ids: np.ndarray  # int32 [count, MAX_LOGPROBS]
+    top_logprobs: np.ndarray  # float32 [count, MAX_LOGPROBS]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Row by row in the plan's order."""
+
+    prefill: tuple[RowResult, ...]
+    decode: tuple[RowResult, ...]
+    prompt_logprobs: tuple[PromptLogprobs | None, ...]  # one a prefill row

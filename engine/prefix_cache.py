@@ -1,0 +1,123 @@
+"""Reuse of KV pages by content: a trie whose edges are whole pages of tokens.
+
+A child is found by (parent node, its tokens) in a dict, so equality of the tokens decides,
+never a hash alone. Each salt has a root of its own: tenants cannot see each other's pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from engine.pages import PagePool
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """The content of one page after everything above it. A root has no page."""
+
+    parent: Node | None
+    tokens: tuple[int, ...]
+    page: int
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    alive: bool = True  # False once evicted: such a node takes no new children
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Longest known prefix: its pages, and the node that the next page extends."""
+
+    pages: tuple[int, ...]
+    node: Node
+
+
+class PrefixCache:
+    """Owns the pool's knowledge of page contents. Matching changes nothing."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.pool = PagePool(num_pages, on_evict=self._evict)
+        self.page_size = page_size
+        self._roots: dict[str, Node] = {}
+        self._nodes: dict[int, Node] = {}  # page -> node
+
+    def match(self, salt: str, tokens: Sequence[int], max_tokens: int) -> Match:
+        """Pages that hold the first tokens, at most `max_tokens` of them. Acquires nothing."""
+        node = self._roots.get(salt) or self._new_root(salt)
+        pages: list[int] = []
+        for start in range(0, max_tokens - self.page_size + 1, self.page_size):
+            child = node.children.get(tuple(tokens[start : start + self.page_size]))
+            if child is None:
+                break
+            pages.append(child.page)
+            node = child
+        return Match(tuple(pages), node)
+
+    def insert(self, parent: Node, tokens: tuple[int, ...], page: int) -> Node:
+        """Make a full, held page findable under `parent`; returns the node for its content.
+
+        A content that is known already keeps its first page. Under an evicted parent the
+        page stays unknown, and the returned node is dead like its parent.
+        """
+        if len(tokens) != self.page_size:
+            raise ValueError(f"{len(tokens)} tokens inserted as a page of {self.page_size}")
+        known = parent.children.get(tokens)
+        if known is not None:
+            return known
+        node = Node(parent, tokens, page, alive=parent.alive)
+        if parent.alive:
+            parent.children[tokens] = node
+            self._nodes[page] = node
+            self.pool.cache(page)
+        return node
+
+    def clear(self) -> None:
+        """Forget everything, as after a failed device step."""
+        for page, node in self._nodes.items():
+            node.alive = False
+            self.pool.uncache(page)
+        self._nodes.clear()
+        self._roots.clear()
+
+    def check(self, held: Sequence[int]) -> None:
+        """The pool's conservation, and that every known page hangs on a live chain to a root."""
+        self.pool.check(held, self._nodes)
+        for page, node in self._nodes.items():
+            parent = node.parent
+            if not node.alive or node.page != page or parent is None or parent.children.get(node.tokens) is not node:
+                raise RuntimeError(f"page {page} is cached but cannot be found from its root")
+
+    def _new_root(self, salt: str) -> Node:
+        if len(self._roots) > 2 * self.pool.num_pages:  # salts come from clients: keep only live ones
+            self._roots = {key: root for key, root in self._roots.items() if root.children}
+        return self._roots.setdefault(salt, Node(None, (), -1))
+
+    def _evict(self, page: int) -> None:
+        node = self._nodes[page]
+        if node.parent is not None:
+            del node.parent.children[node.tokens]
+        self._forget(node)
+
+    def _forget(self, top: Node) -> None:
+        """Drop a detached subtree: what hangs below an evicted page can no longer be found."""
+        for node in list(_walk(top)):
+            node.alive = False
+            node.children.clear()
+            if node.page >= 0:
+                del self._nodes[node.page]
+                self.pool.uncache(node.page)
+
+
+class NoPrefixCache(PrefixCache):
+    """Prefix caching off: nothing is ever found."""
+
+    def match(self, salt: str, tokens: Sequence[int], max_tokens: int) -> Match:
+        return Match((), Node(None, (), -1, alive=False))
+
+
+def _walk(top: Node) -> Iterator[Node]:
+    """Every node of the subtree, once."""
+    stack = [top]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())

@@ -1,0 +1,301 @@
+"""Continuous batching: which tokens the next step computes, and what its results mean.
+
+`add`, `abort`, `plan() -> StepPlan`, `commit(plan, result) -> events`. Plain Python: no JAX,
+no threads, no clock. First come, first served; the newest are preempted first, by recompute.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator
+
+from engine.config import EngineConfig
+from engine.errors import ContextOverflow, QueueFull
+from engine.outcome import Outcome, collect_prompt_logprobs, row_event
+from engine.plan import DecodeRow, PrefillRow, RowResult, StepPlan, StepResult
+from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
+from engine.request import FinishReason, Request, TokenEvent
+from engine.sequence import Sequence, State
+from engine.stats import Counters
+
+MASK64 = (1 << 64) - 1
+
+
+class Scheduler:
+    """Owns every unfinished sequence, the slots and the pages."""
+
+    def __init__(self, config: EngineConfig, counters: Counters) -> None:
+        self.config = config
+        self.counters = counters
+        cache = PrefixCache if config.enable_prefix_caching else NoPrefixCache
+        self.cache = cache(config.num_pages, config.page_size)
+        self.waiting: list[Sequence] = []  # by order
+        self.running: list[Sequence] = []  # by order
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._order = itertools.count()
+        self._num_unseeded = 0
+
+    # -- admission and endings ------------------------------------------------------------
+
+    def validate(self, request: Request) -> int:
+        """The longest this request may become, in tokens. Refuses what could never run alone."""
+        prompt_len = len(request.prompt_token_ids)
+        limit = self.config.max_model_len
+        wanted = request.params.max_tokens
+        if prompt_len == 0:
+            raise ContextOverflow("prompt", "must not be empty")
+        if prompt_len > limit or (prompt_len == limit and wanted != 0):
+            raise ContextOverflow(
+                "prompt", f"has {prompt_len} tokens; the context of {limit} tokens must hold it and the output"
+            )
+        if wanted is not None and prompt_len + wanted > limit:
+            raise ContextOverflow(
+                "max_tokens", f"{prompt_len} prompt tokens and {wanted} output tokens exceed the context of {limit}"
+            )
+        total = limit if wanted is None else prompt_len + wanted
+        capacity = (self.config.num_pages - 1) * self.config.page_size
+        if wanted is None:
+            total = min(total, capacity)
+        if total > capacity or prompt_len >= capacity:
+            raise ContextOverflow("prompt", f"needs {total} tokens of KV cache; there are {capacity} in all")
+        return total
+
+    def add(self, request: Request) -> None:
+        """Queue all choices of a request. Raises ContextOverflow or QueueFull, and then holds none."""
+        total = self.validate(request)
+        if len(self.waiting) + request.params.n > self.config.max_queued_requests:
+            raise QueueFull(f"{len(self.waiting)} sequences are waiting", retry_after_s=1.0)
+        base = request.params.seed
+        if base is None:
+            self._num_unseeded += 1
+            base = _mix(self.config.seed ^ _mix(self._num_unseeded))
+        leader = None
+        for index in range(request.params.n):
+            seed = (base if index == 0 else _mix(base + index)) & MASK64
+            seq = Sequence(request, index, next(self._order), seed, total, leader, list(request.prompt_token_ids))
+            leader = leader or seq
+            self.waiting.append(seq)
+        self.counters.prompt_tokens += len(request.prompt_token_ids)
+
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        """End every choice of the request. Unknown and finished ids are fine."""
+        mine = [seq for seq in self.sequences() if seq.request.request_id == request_id]
+        for seq in mine:
+            self.finish(seq)
+        return [TokenEvent(request_id=request_id, index=seq.index, finish_reason=FinishReason.ABORT) for seq in mine]
+
+    def find(self, request_id: str, index: int) -> Sequence | None:
+        return next((s for s in self.sequences() if s.index == index and s.request.request_id == request_id), None)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every unfinished sequence."""
+        return itertools.chain(self.running, self.waiting)
+
+    def finish(self, seq: Sequence) -> None:
+        """Give back what the sequence holds. Steps in flight that still carry it are ignored later."""
+        if seq.state is State.RUNNING:
+            self._vacate(seq)
+        elif seq.state is State.WAITING:
+            self.waiting.remove(seq)
+        seq.state = State.FINISHED
+
+    # -- planning ---------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when nothing can run until results are committed or requests come.
+
+        Decode rows take their pages first: they are older than whatever is admitted here.
+        """
+        mixed = any(seq.prefilling for seq in self.running) or self._admissible() is not None
+        decode_rows = self._plan_decode(1 if mixed else self.config.decode_steps)
+        prefill_rows, admitted = self._plan_prefill()
+        if not prefill_rows and not decode_rows:
+            return None
+        for row in itertools.chain(prefill_rows, decode_rows):
+            row.seq.in_flight += 1
+        return StepPlan(tuple(prefill_rows), tuple(decode_rows), tuple(admitted))
+
+    def _plan_decode(self, num_steps: int) -> list[DecodeRow]:
+        rows = []
+        for seq in list(self.running):
+            remaining = seq.max_total_len - seq.planned_len
+            if seq.state is not State.RUNNING or seq.prefilling or remaining <= 0:
+                continue
+            count = self._grow(seq, min(num_steps, remaining))
+            if count == 0:
+                break  # seq was the newest and is preempted: nobody comes after it
+            first = seq.num_sent_pages
+            rows.append(DecodeRow(seq, seq.computed, count, first, tuple(seq.pages[first:])))
+            seq.num_sent_pages = len(seq.pages)
+            seq.computed += count
+            seq.pending += count
+        return rows
+
+    def _grow(self, seq: Sequence, count: int) -> int:
+        """Pages for `count` more tokens, or for one, or (the newest making room) preempt: 0 if seq itself went."""
+        while True:
+            missing = -(-(seq.computed + count) // self.config.page_size) - len(seq.pages)
+            if missing <= self.cache.pool.num_available:
+                seq.pages += self.cache.pool.take(max(missing, 0))
+                return count
+            if count > 1:
+                count = 1
+                continue
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return 0
+
+    def _plan_prefill(self) -> tuple[list[PrefillRow], list[Sequence]]:
+        budget = self.config.max_num_batched_tokens
+        rows: list[PrefillRow] = []
+        admitted: list[Sequence] = []
+        started = iter([seq for seq in self.running if seq.prefilling])
+        while budget > 0 and len(rows) < self.config.max_prefill_rows:
+            seq = next(started, None)
+            if seq is None:
+                match = self._admissible()
+                if match is None:
+                    break
+                seq = self._admit(match)
+                admitted.append(seq)
+            rows.append(self._prefill_row(seq, budget))
+            budget -= rows[-1].count
+        return rows, admitted
+
+    def _prefill_row(self, seq: Sequence, budget: int) -> PrefillRow:
+        start, count = seq.computed, min(budget, seq.prefill_len - seq.computed)
+        seq.computed += count
+        samples = not seq.prefilling and seq.max_total_len > seq.prompt_len
+        seq.pending += samples
+        self._register(seq, seq.computed)
+        return PrefillRow(seq, start, count, samples, seq.wants_prompt_logprobs)
+
+    def _admissible(self) -> Match | None:
+        """What the first in the queue can reuse, if it can be admitted now. Nobody overtakes it."""
+        if not self.waiting or not self._free_slots:
+            return None
+        seq = self.waiting[0]
+        shared = seq.leader
+        if seq.in_flight or (shared is not None and shared.state is State.RUNNING and shared.prefilling):
+            return None
+        reusable = 0 if seq.wants_prompt_logprobs else len(seq.token_ids) - 1
+        match = self.cache.match(seq.request.cache_salt, seq.token_ids, reusable)
+        missing = -(-len(seq.token_ids) // self.config.page_size) - len(match.pages)
+        reserve = len(self.running)  # a page for each running sequence's next token
+        if missing + self.cache.pool.num_idle(match.pages) + reserve > self.cache.pool.num_available:
+            return None
+        return match
+
+    # -- acquire and release ------------------------------------------------------------------
+
+    def _admit(self, match: Match) -> Sequence:
+        """Move the first in the queue into a slot with pages for all its known tokens."""
+        seq, pool = self.waiting.pop(0), self.cache.pool
+        pool.acquire(match.pages)
+        missing = -(-len(seq.token_ids) // self.config.page_size) - len(match.pages)
+        seq.pages = [*match.pages, *pool.take(missing)]
+        seq.num_sent_pages = len(seq.pages)
+        seq.node, seq.num_registered = match.node, len(match.pages)
+        seq.computed = len(match.pages) * self.config.page_size
+        seq.prefill_len = len(seq.token_ids)
+        seq.slot = self._free_slots.pop()
+        seq.state = State.RUNNING
+        bisect.insort(self.running, seq, key=lambda s: s.order)
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens = seq.computed
+            self.counters.prefix_queries_tokens += len(seq.token_ids)
+            self.counters.prefix_hits_tokens += seq.computed
+        return seq
+
+    def _vacate(self, seq: Sequence) -> None:
+        """Give back slot and pages. The device may still write them: later steps come after it."""
+        self.running.remove(seq)
+        self.cache.pool.release(seq.pages)
+        self._free_slots.append(seq.slot)
+        seq.pages, seq.slot, seq.node, seq.num_registered, seq.computed = [], -1, None, 0, 0
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue; its tokens are computed again, tokens in flight still count."""
+        self._vacate(seq)
+        seq.state = State.WAITING
+        seq.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+
+    def _register(self, seq: Sequence, known: int) -> None:
+        """Tell the prefix cache the pages whose tokens [0, known) are known and launched."""
+        size = self.config.page_size
+        while seq.node is not None and (seq.num_registered + 1) * size <= known:
+            start = seq.num_registered * size
+            tokens = tuple(seq.token_ids[start : start + size])
+            seq.node = self.cache.insert(seq.node, tokens, seq.pages[seq.num_registered])
+            seq.num_registered += 1
+
+    # -- results --------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Append what a step drew, and end what is over. One event a row that has news."""
+        events = []
+        for row, drawn, prompt in zip(plan.prefill_rows, result.prefill, result.prompt_logprobs, strict=True):
+            if prompt is not None:
+                collect_prompt_logprobs(row, prompt)
+            events.append(self._commit_row(row.seq, drawn, int(row.samples)))
+        for row, drawn in zip(plan.decode_rows, result.decode, strict=True):
+            events.append(self._commit_row(row.seq, drawn, row.count))
+        return [event for event in events if event is not None]
+
+    def _commit_row(self, seq: Sequence, drawn: RowResult, launched: int) -> TokenEvent | None:
+        seq.in_flight -= 1
+        seq.pending -= launched
+        if seq.state is State.FINISHED:  # ended while this step was in flight
+            return None
+        if drawn.faulty:
+            self.finish(seq)
+            return TokenEvent(
+                request_id=seq.request.request_id,
+                index=seq.index,
+                finish_reason=FinishReason.ERROR,
+                error="the model produced numbers that are not finite",
+            )
+        outcome = seq.absorb(drawn.token_ids.tolist())
+        self.counters.generation_tokens += outcome.num_accepted
+        if seq.state is State.RUNNING and not seq.prefilling:
+            self._register(seq, len(seq.token_ids) - 1)
+        if seq.max_total_len == seq.prompt_len and not seq.prefilling:
+            outcome = Outcome(0, FinishReason.LENGTH, None)
+        if outcome.finish_reason is not None:
+            self.finish(seq)
+        if outcome.num_accepted == 0 and outcome.finish_reason is None:
+            return None
+        return row_event(seq, drawn, outcome)
+
+    def fail_all(self, message: str) -> list[TokenEvent]:
+        """A device step failed: end every sequence, forget every page's content."""
+        mine = list(self.sequences())
+        for seq in mine:
+            self.finish(seq)
+        self.cache.clear()
+        return [
+            TokenEvent(
+                request_id=seq.request.request_id, index=seq.index, finish_reason=FinishReason.ERROR, error=message
+            )
+            for seq in mine
+        ]
+
+    def check(self) -> None:
+        """Page conservation and the slots' books; raises RuntimeError with what is off."""
+        held = [page for seq in self.running for page in seq.pages]
+        self.cache.check(held)
+        slots = sorted([*self._free_slots, *(seq.slot for seq in self.running)])
+        if slots != list(range(self.config.max_num_seqs)):
+            raise RuntimeError(f"slots are lost or doubled: {slots}")
+
+
+def _mix(value: int) -> int:
+    """splitmix64 (Steele et al. 2014): spreads a counter over 64 bits."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
+    return value ^ (value >> 31)

@@ -1,0 +1,44 @@
+"""Counters of the engine, as plain numbers. The server turns them into metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """Monotonic counts, written by the loop thread alone."""
+
+    num_preemptions: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    compiles: int = 0
+    compile_s: float = 0.0
+    compiles_after_ready: int = 0
+    tokens_used: int = 0  # token positions that steps computed for somebody
+    tokens_padded: int = 0  # token positions that buckets added
+    steps: dict[str, int] = field(default_factory=dict)  # program name -> calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of `Counters` with the gauges of the moment."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float  # held pages / all pages, 0 to 1
+    num_preemptions: int
+    prefix_queries_tokens: int
+    prefix_hits_tokens: int
+    prompt_tokens: int
+    generation_tokens: int
+    compiles: int
+    compile_s: float
+    compiles_after_ready: int
+    steps: Mapping[str, int]
+    tokens_used: int
+    tokens_padded: int
+    last_step_age_s: float  # since the last committed step; 0 when idle
