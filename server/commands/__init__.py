@@ -1,0 +1,1 @@
+"""One module a command of `octavo`; `server/cli.py` has the table that leads here."""

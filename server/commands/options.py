@@ -1,0 +1,79 @@
+"""Options that belong to the command line alone, and help for `SamplingParams` as flags.
+
+Imported to print help, so it stays light: no JAX, no server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import option
+from engine.errors import InvalidParam
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    prompt: str = option("", "text to continue")
+    chat: bool = option(False, "put the prompt through the chat template, as a user's message")
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InvalidParam("prompt", "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    system: str | None = option(None, "system message at the head of the conversation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    input: str = option("", "JSONL file of requests in OpenAI's batch format")
+    output: str = option("", "JSONL file of results; if it exists, the run goes on where it ended")
+    max_in_flight: int | None = option(None, "requests handed to the engine at once (default: twice max_num_seqs)")
+    progress: bool = option(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output"):
+            if not getattr(self, name):
+                raise InvalidParam(name, "name a file")
+        if self.max_in_flight is not None and self.max_in_flight < 1:
+            raise InvalidParam("max_in_flight", f"must be at least 1, got {self.max_in_flight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    out: str = option("", "new folder for the Orbax checkpoint")
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise InvalidParam("out", "name a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    json: bool = option(False, "one JSON object a line")
+
+
+# Fields of SamplingParams that make sense for text on a terminal; the others have no flag.
+SAMPLING_HELP = {
+    "n": "answers to draw",
+    "temperature": "0 takes the likeliest token; higher is more varied",
+    "top_p": "keep the likeliest tokens that together have this probability",
+    "top_k": "keep this many of the likeliest tokens; 0 keeps all",
+    "min_p": "keep tokens at least this probable, relative to the likeliest",
+    "presence_penalty": "against tokens that the output already has",
+    "frequency_penalty": "the same, by how often",
+    "repetition_penalty": "divides the logits of tokens in prompt or output",
+    "seed": "makes sampling repeatable",
+    "stop": "text that ends the output",
+    "stop_token_ids": "token id that ends the output",
+    "ignore_eos": "go on after the model's end token",
+    "max_tokens": "most tokens to generate",
+    "min_tokens": "fewest tokens before an end",
+    "logit_bias": 'added to logits: {"token id": bias}',
+    "allowed_token_ids": "token id that may be drawn; all others may not",
+    "bad_words": "word that may not be drawn",
+    "include_stop_str_in_output": "print the stop text too",
+    "skip_special_tokens": "leave special tokens out of the text",
+}
