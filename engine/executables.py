@@ -1,0 +1,216 @@
+"""The closed set of compiled programs: lowered, compiled in threads, kept on disk, called flat.
+
+A program is called with flat lists of arrays, so a call costs no tree traversal; it is a
+`Compiled` object, so a shape it was not made for is an error and never a compilation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from jax.experimental import serialize_executable
+
+from engine.errors import CapacityError, ModelError
+
+Report = Callable[[str, float], None]  # phase, progress 0 to 1
+_SOURCES = ("engine", "pallas_kernels", "sharding")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step function with the abstract trees it takes. `outputs` has the structure it returns."""
+
+    name: str
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    donated: tuple[int, ...]  # indices into inputs
+    outputs: tuple[Any, ...]
+
+    def lower(self) -> jax.stages.Lowered:
+        """Trace and lower with one flat argument a leaf."""
+        leaves, structure = jax.tree.flatten(self.inputs)
+        counts = [len(jax.tree.leaves(tree)) for tree in self.inputs]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        donate = [j for i in self.donated for j in range(starts[i], starts[i] + counts[i])]
+
+        def flat(*args: Array) -> tuple[Array, ...]:
+            return tuple(jax.tree.leaves(self.function(*jax.tree.unflatten(structure, args))))
+
+        flat.__name__ = self.name
+        return jax.jit(flat, donate_argnums=donate).lower(*leaves)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The compiler's own account of a program, in bytes a device."""
+
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that live in donated arguments
+    temporary: int
+    code: int
+
+
+class Executable:
+    """A compiled program. Called with flat lists, one a tree of inputs; returns flat lists likewise."""
+
+    def __init__(self, program: Program, compiled: jax.stages.Compiled) -> None:
+        self.name = program.name
+        self.compiled = compiled
+        self._counts = [len(jax.tree.leaves(tree)) for tree in program.outputs]
+        self.structures = [jax.tree.structure(tree) for tree in program.outputs]
+
+    def __call__(self, *groups: Sequence[Any]) -> list[list[Array]]:
+        flat = self.compiled(*(leaf for group in groups for leaf in group))
+        out, start = [], 0
+        for count in self._counts:
+            out.append(list(flat[start : start + count]))
+            start += count
+        return out
+
+    def memory(self) -> Memory:
+        found = self.compiled.memory_analysis()
+        if found is None:
+            return Memory(0, 0, 0, 0, 0)
+        return Memory(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+            found.generated_code_size_in_bytes,
+        )
+
+
+class ProgramCache:
+    """Compiled programs on disk, in a folder that only its owner can write.
+
+    Loading one runs its machine code, so a folder that others could write is refused.
+    The folder's name is a digest of everything that shapes the code.
+    """
+
+    def __init__(self, root: Path, **facts: Any) -> None:
+        self.folder = root / "programs" / _digest(facts)
+
+    def load(self, program: Program) -> Executable | None:
+        path = self.folder / f"{program.name}.bin"
+        if not path.exists():
+            return None
+        self._check_owner()
+        num_inputs = len(jax.tree.leaves(program.inputs))
+        num_outputs = len(jax.tree.leaves(program.outputs))
+        in_tree = jax.tree.structure(((0,) * num_inputs, {}))
+        out_tree = jax.tree.structure((0,) * num_outputs)
+        return Executable(program, serialize_executable.deserialize_and_load(path.read_bytes(), in_tree, out_tree))
+
+    def save(self, executable: Executable) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._check_owner()
+        payload, _, _ = serialize_executable.serialize(executable.compiled)
+        partial = self.folder / f".{executable.name}.{os.getpid()}"
+        partial.write_bytes(payload)
+        partial.rename(self.folder / f"{executable.name}.bin")
+
+    def _check_owner(self) -> None:
+        for folder in (self.folder, self.folder.parent):
+            info = folder.stat()
+            if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ModelError(
+                    f"{folder}: compiled programs are code; the folder must be yours and writable by you alone"
+                )
+
+
+class NoProgramCache(ProgramCache):
+    """Nothing is kept."""
+
+    def __init__(self) -> None:
+        pass
+
+    def load(self, program: Program) -> Executable | None:
+        return None
+
+    def save(self, executable: Executable) -> None:
+        pass
+
+
+@dataclass
+class CompileLog:
+    """Compilations that the process made, counted by JAX itself."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def listen(self) -> None:
+        def heard(event: str, duration_s: float, **_: Any) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                self.count += 1
+                self.seconds += duration_s
+
+        jax.monitoring.register_event_duration_secs_listener(heard)
+
+
+def compile_all(programs: Sequence[Program], cache: ProgramCache, report: Report) -> dict[str, Executable]:
+    """Every program, loaded or compiled, two at a time a core; keys are the programs' names."""
+    done: dict[str, Executable] = {}
+    started = time.monotonic()
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for executable in pool.map(lambda program: compile_one(program, cache), programs):
+            done[executable.name] = executable
+            report("compile", len(done) / len(programs))
+    report(f"compiled {len(done)} programs in {time.monotonic() - started:.1f} s", 1.0)
+    return done
+
+
+def compile_one(program: Program, cache: ProgramCache) -> Executable:
+    loaded = cache.load(program)
+    if loaded is not None:
+        return loaded
+    try:
+        executable = Executable(program, program.lower().compile())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "exceeds available" in str(error):
+            raise CapacityError(
+                f"program {program.name} does not fit the device: {str(error).splitlines()[0]}"
+            ) from error
+        raise
+    cache.save(executable)
+    return executable
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    device = jax.devices()[0]
+    environment = (
+        jax.__version__,
+        device.platform,
+        device.device_kind,
+        device.client.platform_version,
+        jax.device_count(),
+    )
+    digest.update(json.dumps([environment, {k: repr(v) for k, v in sorted(facts.items())}]).encode())
+    digest.update(os.environ.get("XLA_FLAGS", "").encode())
+    if device.platform == "cpu":
+        digest.update(_cpu_features().encode())
+    root = Path(__file__).resolve().parent.parent
+    for source in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _cpu_features() -> str:
+    """Machine code of one CPU may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

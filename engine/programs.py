@@ -1,0 +1,79 @@
+"""Which programs serve a model: every point of the lattice bound to its step function."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from engine import steps
+from engine.batch import StepKey, configure_layout, lattice, step_layout
+from engine.config import EngineConfig
+from engine.executables import Program
+from engine.model.config import ModelConfig
+from engine.model.params import param_specs
+from engine.slots import Slots, slots_shape
+
+Shapes = jax.ShapeDtypeStruct
+
+
+def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Shapes]:
+    """Abstract parameters in the engine's dtype."""
+    specs = param_specs(model, jnp.dtype(config.dtype))
+    return {name: Shapes(spec.shape, spec.dtype) for name, spec in specs.items()}
+
+
+def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[tuple[Shapes, Shapes], ...]:
+    """Abstract KV cache: per layer keys and values [pages, page_size, kv_heads, head_dim]."""
+    page = Shapes((config.num_pages, config.page_size, model.num_kv_heads, model.head_dim), jnp.dtype(config.dtype))
+    return tuple((page, page) for _ in model.layers)
+
+
+def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of one page in all layers."""
+    per_token = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(config.dtype).itemsize
+    return config.page_size * per_token * model.num_layers
+
+
+def serving_programs(model: ModelConfig, config: EngineConfig) -> list[Program]:
+    """The closed set: nothing else runs on the device while serving."""
+    return [*(step_program(model, config, key) for key in lattice(config)), configure_program(model, config)]
+
+
+def step_program(model: ModelConfig, config: EngineConfig, key: StepKey) -> Program:
+    layout = step_layout(config, key)
+    if key.tokens:
+        function = partial(steps.prefill_step, model, layout)
+        output = steps.empty_output_shape(key.rows + config.max_prefill_rows, 1, key.tokens)
+    else:
+        function = partial(steps.decode_step, model, layout, config.decode_steps)
+        output = steps.empty_output_shape(key.rows, config.decode_steps, 0)
+    state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
+    vector = Shapes((layout.size,), jnp.int32)
+    return Program(key.name, function, (*state, vector), donated=(1, 2), outputs=(state[1], state[2], output))
+
+
+def logits_program(model: ModelConfig, config: EngineConfig, tokens: int) -> Program:
+    """Logits of every token of a chunk: for research, outside the serving set."""
+    layout = step_layout(config, StepKey(tokens, 0))
+    state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
+    logits = Shapes((tokens, model.vocab_size), jnp.float32)
+    return Program(
+        f"logits_{tokens}",
+        partial(steps.token_logits, model, layout),
+        (*state, Shapes((layout.size,), jnp.int32)),
+        donated=(1, 2),
+        outputs=(state[1], state[2], logits),
+    )
+
+
+def configure_program(model: ModelConfig, config: EngineConfig) -> Program:
+    layout = configure_layout(config, model.vocab_size)
+    slots = slots_of(model, config)
+    inputs = (slots, Shapes((layout.size,), jnp.int32))
+    return Program("configure", partial(steps.configure, layout), inputs, donated=(0,), outputs=(slots,))
+
+
+def slots_of(model: ModelConfig, config: EngineConfig) -> Slots:
+    return slots_shape(config.max_num_seqs, config.max_pages_per_seq, model.vocab_size)

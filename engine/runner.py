@@ -1,0 +1,139 @@
+"""Owns what is on the device: parameters, KV cache, slots. Turns plans into results.
+
+`launch` returns before the device is done. Knows no requests beyond the rows of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine.batch import (
+    StepKey,
+    build,
+    build_configure,
+    configure_layout,
+    lattice,
+    needs_configure,
+    step_key,
+    step_layout,
+)
+from engine.config import EngineConfig
+from engine.executables import Executable
+from engine.model.config import ModelConfig
+from engine.plan import PromptLogprobs, RowResult, StepPlan, StepResult
+from engine.programs import kv_shapes, slots_of
+from engine.steps import StepOutput
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A launched step whose tokens are on their way to the host."""
+
+    plan: StepPlan
+    key: StepKey
+    output: StepOutput  # device arrays
+
+    def result(self) -> StepResult:
+        """Wait for the step and cut its output into the plan's rows."""
+        tokens, num_drawn, faulty = (
+            np.asarray(a) for a in (self.output.tokens, self.output.num_drawn, self.output.faulty)
+        )
+        rows = [*(row.seq for row in self.plan.decode_rows), *(row.seq for row in self.plan.prefill_rows)]
+        wanted = any(seq.request.params.logprobs is not None for seq in rows)
+        detail = [np.asarray(a) if wanted else None for a in _detail(self.output)]
+
+        def row(i: int) -> RowResult:
+            count = int(num_drawn[i])
+            logprobs, top_ids, top_logprobs = (_NONE if a is None else a[i, :count] for a in detail)
+            return RowResult(tokens[i, :count], logprobs, top_ids, top_logprobs, bool(faulty[i]))
+
+        num_decode, first = len(self.plan.decode_rows), self.key.rows
+        return StepResult(
+            prefill=tuple(row(first + i) for i in range(len(self.plan.prefill_rows))),
+            decode=tuple(row(i) for i in range(num_decode)),
+            prompt_logprobs=self._prompt_logprobs(),
+        )
+
+    def _prompt_logprobs(self) -> tuple[PromptLogprobs | None, ...]:
+        rows = self.plan.prefill_rows
+        if not any(row.wants_prompt_logprobs for row in rows) or self.output.prompt is None:
+            return (None,) * len(rows)
+        arrays = [np.asarray(a) for a in self.output.prompt]
+        found, start = [], 0
+        for row in rows:
+            cut = [a[start : start + row.count] for a in arrays]
+            found.append(PromptLogprobs(*cut) if row.wants_prompt_logprobs else None)
+            start += row.count
+        return tuple(found)
+
+
+_NONE = np.zeros((0,), np.float32)
+
+
+class Runner:
+    """The device side of the engine. Not thread-safe: the loop's thread alone calls it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        params: dict[str, Array],
+        executables: dict[str, Executable],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.executables = executables
+        self._params = jax.tree.leaves(params)
+        self._layouts = {key: step_layout(config, key) for key in lattice(config)}
+        self._configure_layout = configure_layout(config, model.vocab_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh KV cache and slots, as at start or after a failed step."""
+        self._kv = _zeros(kv_shapes(self.model, self.config))
+        self._slots = _zeros(slots_of(self.model, self.config))
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Send the plan to the device: one transfer, one dispatch, more only for unusual admissions."""
+        for seq in plan.admitted:
+            if needs_configure(seq):
+                vector = build_configure(self._configure_layout, seq, self.model.vocab_size)
+                (self._slots,) = self.executables["configure"](self._slots, [vector])
+        key = step_key(self.config, plan)
+        vector = build(self.config, key, self._layouts[key], plan)
+        output = self._step(self.executables[key.name], vector)
+        for array in output:
+            array.copy_to_host_async()
+        return Pending(plan, key, jax.tree.unflatten(self.executables[key.name].structures[2], output))
+
+    def token_logits(self, executable: Executable, vector: np.ndarray) -> np.ndarray:
+        """float32 [tokens, vocab] of a chunk, through a program of `programs.logits_program`."""
+        return np.asarray(self._step(executable, vector)[0])
+
+    def warm_up(self) -> None:
+        """Run every program once on idle rows, so that the first request pays for nothing."""
+        for key, layout in self._layouts.items():
+            jax.block_until_ready(self._step(self.executables[key.name], layout.pack()[0]))
+        vector, fields = self._configure_layout.pack()
+        fields["slot"][...] = self.config.max_num_seqs
+        (self._slots,) = self.executables["configure"](self._slots, [vector])
+        jax.block_until_ready(self._slots)
+
+    def _step(self, executable: Executable, vector: np.ndarray) -> list[Array]:
+        self._kv, self._slots, output = executable(self._params, self._kv, self._slots, [vector])
+        return output
+
+
+def _zeros(shapes: Any) -> Rows[Array]:
+    return [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes)]
+
+
+def _detail(output: StepOutput) -> tuple[Array, Array, Array]:
+    return output.logprobs, output.top_ids, output.top_logprobs

@@ -1,0 +1,297 @@
+"""The device programs as pure functions: `prefill_step`, `decode_step`, `configure`, `token_logits`.
+
+Everything a step reads is an argument; everything it changes is donated and returned. The
+request path through a step: add pages, forward (writing KV), draw, advance the slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine import sampler
+from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
+from engine.model import decoder
+from engine.model.config import ModelConfig
+from engine.model.layers import Params
+from engine.pages import TRASH_PAGE
+from engine.request import MAX_LOGPROBS
+from engine.sampler import Drawn
+from engine.slots import Sampling, Slots, add_pages
+from pallas_kernels.kv_write import write_kv
+from pallas_kernels.paged_attention import decode_attention, prefill_attention
+
+KV = tuple[tuple[Array, Array], ...]  # per layer: keys, values [pages, page_size, kv_heads, head_dim]
+PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """What the host reads back. Rows: decode rows, then prefill rows."""
+
+    tokens: Array  # int32 [rows, steps]
+    num_drawn: Array  # int32 [rows]
+    faulty: Array  # bool [rows]
+    logprobs: Array  # float32 [rows, steps]
+    top_ids: Array  # int32 [rows, steps, MAX_LOGPROBS]
+    top_logprobs: Array  # float32 [rows, steps, MAX_LOGPROBS]
+    prompt: tuple[Array, Array, Array] | None = None  # as logprobs_of, a row a prefill token
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The prefill half of a step: flat tokens and whose they are."""
+
+    q_start: Array  # int32 [prefill rows]
+    q_len: Array
+    position: Array
+    block_tables: Array
+
+    def positions(self, num_tokens: int) -> tuple[Array, Array]:
+        """(row, position) of each flat token; tokens of no row get row -1."""
+        index = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+        mine = (index >= self.q_start[None]) & (index < (self.q_start + self.q_len)[None])
+        row = jnp.where(jnp.any(mine, axis=1), jnp.argmax(mine, axis=1), -1).astype(jnp.int32)
+        position = self.position[row] + index[:, 0] - self.q_start[row]
+        return row, jnp.where(row >= 0, position, 0)
+
+
+def unpack(layout: Layout, vector: Array) -> dict[str, Array]:
+    """The fields of a step's int32 vector, inside a program."""
+
+    def convert(part: Array, f: Field) -> Array:
+        bits = part if f.dtype == "int32" else jax.lax.bitcast_convert_type(part, jnp.float32)
+        return bits.reshape(f.shape)
+
+    return layout.split(vector, convert)
+
+
+def decode_step(
+    config: ModelConfig, layout: Layout, max_steps: int, params: Params, kv: KV, slots: Slots, vector: Array
+) -> tuple[KV, Slots, StepOutput]:
+    """Draw up to num_steps <= max_steps tokens for each row; leaves early when all rows are done."""
+    batch = unpack(layout, vector)
+    slot = batch["decode_slot"]
+    slots = add_pages(slots, slot, batch["first_new_page"], batch["new_pages"])
+    tables, sampling = slots.block_tables[slot], slots.sampling.rows(slot)
+    out = empty_output(slot.shape[0], max_steps)
+
+    def turn(state: tuple[Array, KV, Slots, StepOutput]) -> tuple[Array, KV, Slots, StepOutput]:
+        i, kv, slots, out = state
+        active, position = slots.active[slot], slots.position[slot]
+        kv, hidden = forward(config, params, kv, slots.last_token[slot], position, active, tables, None)
+        drawn = sampler.draw(decoder.logits(config, params, hidden), slots, slot, sampling, position + 1)
+        out = record(out, i, drawn, active)
+        return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, active), out
+
+    def more(state: tuple[Array, KV, Slots, StepOutput]) -> Array:
+        return (state[0] < batch["num_steps"]) & jnp.any(state[2].active[slot])
+
+    _, kv, slots, out = jax.lax.while_loop(more, turn, (jnp.int32(0), kv, slots, out))
+    return kv, slots, out
+
+
+def prefill_step(
+    config: ModelConfig, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
+) -> tuple[KV, Slots, StepOutput]:
+    """Prompt chunks on a flat token axis, with decode rows riding along for one token each."""
+    batch = unpack(layout, vector)
+    slots = add_pages(slots, batch["decode_slot"], batch["first_new_page"], batch["new_pages"])
+    slots = enter_rows(slots, batch)
+    riders = batch["decode_slot"]
+    prefill = Prefill(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
+    kv, hidden = forward(
+        config,
+        params,
+        kv,
+        jnp.concatenate([slots.last_token[riders], batch["tokens"]]),
+        slots.position[riders],
+        slots.active[riders],
+        slots.block_tables[riders],
+        prefill,
+    )
+    num_riders = riders.shape[0]
+    last = num_riders + batch["q_start"] + jnp.maximum(batch["q_len"], 1) - 1
+    slot = jnp.concatenate([riders, batch["slot"]])
+    length = jnp.concatenate([slots.position[riders] + 1, batch["position"] + batch["q_len"]])
+    drawing = jnp.concatenate([slots.active[riders], batch["samples"] != 0])
+    sampling = slots.sampling.rows(slot)
+    logits = decoder.logits(config, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
+    drawn = sampler.draw(logits, slots, slot, sampling, length)
+    out = record(empty_output(slot.shape[0], 1), jnp.int32(0), drawn, drawing)
+    out = replace(
+        out,
+        prompt=jax.lax.cond(
+            batch["wants_prompt_logprobs"] != 0,
+            lambda: prompt_logprobs(config, params, hidden[num_riders:], batch["next_tokens"]),
+            lambda: sampler.no_logprobs(batch["tokens"].shape[0]),
+        ),
+    )
+    return kv, advance(slots, slot, drawn, sampling, length, drawing), out
+
+
+def token_logits(
+    config: ModelConfig, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
+) -> tuple[KV, Slots, Array]:
+    """Like `prefill_step` without decode rows or drawing: float32 logits [tokens, vocab] of every token."""
+    batch = unpack(layout, vector)
+    prefill = Prefill(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
+    none = jnp.zeros((0,), jnp.int32)
+    kv, hidden = forward(config, params, kv, batch["tokens"], none, none != 0, slots.block_tables[:0], prefill)
+    return kv, slots, decoder.logits(config, params, hidden)
+
+
+def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
+    """Fill the heavy rows of one slot: token counts, biases, allowed tokens."""
+    fields = unpack(layout, vector)
+    slot, vocab = fields["slot"], slots.prompt_seen.shape[1]
+    index = jnp.arange(fields["tokens"].shape[0], dtype=jnp.int32)
+    prompt = jnp.where(index < fields["prompt_len"], fields["tokens"], vocab)
+    output = jnp.where(index >= fields["prompt_len"], fields["tokens"], vocab)
+    seen = jnp.zeros((vocab,), jnp.bool_).at[prompt].set(True, mode="drop")
+    counts = jnp.zeros((vocab,), jnp.int16).at[output].add(jnp.int16(1), mode="drop")
+    bits = jax.lax.bitcast_convert_type(fields["allowed_bits"], jnp.uint32)
+    return replace(
+        slots,
+        prompt_seen=slots.prompt_seen.at[slot].set(seen),
+        output_counts=slots.output_counts.at[slot].set(counts),
+        bias_ids=slots.bias_ids.at[slot].set(fields["bias_ids"]),
+        bias_values=slots.bias_values.at[slot].set(fields["bias_values"]),
+        allowed_bits=slots.allowed_bits.at[slot].set(bits),
+    )
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    kv: KV,
+    tokens: Array,
+    decode_position: Array,
+    decode_active: Array,
+    decode_tables: Array,
+    prefill: Prefill | None,
+) -> tuple[KV, Array]:
+    """Hidden states [tokens, embed] of decode rows then prefill tokens; their KV is written first."""
+    num_decode, page_size = decode_position.shape[0], kv[0][0].shape[1]
+    positions = decode_position
+    page_ids = jnp.where(decode_active, _page_at(decode_tables, decode_position, page_size), TRASH_PAGE)
+    if prefill is not None:
+        row, prefill_position = prefill.positions(tokens.shape[0] - num_decode)
+        page = prefill.block_tables[row, prefill_position // page_size]
+        page_ids = jnp.concatenate([page_ids, jnp.where(row >= 0, page, TRASH_PAGE)])
+        positions = jnp.concatenate([positions, prefill_position])
+    kv_lens = jnp.where(decode_active, decode_position + 1, 0)
+    layers = list(kv)
+
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        pages = tuple(
+            write_kv(old, new, page_ids, positions % page_size) for old, new in zip(layers[layer], (k, v), strict=True)
+        )
+        layers[layer] = (pages[0], pages[1])
+        settings: dict[str, Any] = {
+            "scale": config.attention_scale,
+            "softcap": config.attention_softcap,
+            "window": config.layers[layer].window,
+        }
+        parts = []
+        if num_decode:
+            parts.append(decode_attention(q[:num_decode], *pages, decode_tables, kv_lens, **settings))
+        if prefill is not None:
+            parts.append(
+                prefill_attention(
+                    q[num_decode:],
+                    *pages,
+                    prefill.block_tables,
+                    prefill.q_start,
+                    prefill.q_len,
+                    prefill.position,
+                    **settings,
+                )  # fmt: skip
+            )
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    hidden = decoder.hidden_states(config, params, tokens, positions, attend)
+    return tuple(layers), hidden
+
+
+def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
+    """Write the prefill rows' block tables and sampling parameters into their slots."""
+    slot = batch["slot"]
+    fresh = Sampling(**{name: batch[name] for name in (*SAMPLING_FLOATS, *SAMPLING_INTS, "stop_ids")})
+    return replace(
+        slots,
+        block_tables=slots.block_tables.at[slot].set(batch["block_table"]),
+        sampling=jax.tree.map(lambda old, new: old.at[slot].set(new), slots.sampling, fresh),
+    )
+
+
+def advance(slots: Slots, slot: Array, drawn: Drawn, sampling: Sampling, length: Array, drawing: Array) -> Slots:
+    """The slots after each drawing row became `length + 1` tokens long; the others keep theirs, inactive."""
+    stops = jnp.any(drawn.token[:, None] == sampling.stop_ids, axis=1) & (length >= sampling.min_len)
+    active = drawing & ~stops & (length + 1 < sampling.max_len) & ~drawn.faulty
+    token = jnp.where(drawing, drawn.token, slots.last_token[slot])
+    position = jnp.where(drawing, length, slots.position[slot])
+    return replace(
+        slots,
+        last_token=slots.last_token.at[slot].set(token),
+        position=slots.position.at[slot].set(position),
+        active=slots.active.at[slot].set(active),
+        output_counts=sampler.count_output(slots, slot, drawn.token, drawing),
+    )
+
+
+def empty_output(rows: int, steps: int) -> StepOutput:
+    wide = (rows, steps, MAX_LOGPROBS)
+    return StepOutput(
+        tokens=jnp.zeros((rows, steps), jnp.int32),
+        num_drawn=jnp.zeros((rows,), jnp.int32),
+        faulty=jnp.zeros((rows,), jnp.bool_),
+        logprobs=jnp.zeros((rows, steps), jnp.float32),
+        top_ids=jnp.zeros(wide, jnp.int32),
+        top_logprobs=jnp.zeros(wide, jnp.float32),
+    )
+
+
+def empty_output_shape(rows: int, steps: int, prompt_tokens: int) -> StepOutput:
+    """Abstract output of a step; with `prompt_tokens`, of a prefill step."""
+    out = jax.eval_shape(lambda: empty_output(rows, steps))
+    return replace(out, prompt=jax.eval_shape(lambda: sampler.no_logprobs(prompt_tokens)) if prompt_tokens else None)
+
+
+def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array) -> StepOutput:
+    """Store one step's draw in column `step`; only rows that are drawing count it."""
+    return replace(
+        out,
+        tokens=out.tokens.at[:, step].set(drawn.token),
+        num_drawn=out.num_drawn + drawing.astype(jnp.int32),
+        faulty=out.faulty | (drawn.faulty & drawing),
+        logprobs=out.logprobs.at[:, step].set(drawn.logprob),
+        top_ids=out.top_ids.at[:, step].set(drawn.top_ids),
+        top_logprobs=out.top_logprobs.at[:, step].set(drawn.top_logprobs),
+    )
+
+
+def prompt_logprobs(
+    config: ModelConfig, params: Params, hidden: Array, next_tokens: Array
+) -> tuple[Array, Array, Array]:
+    """Logprob of each prefill token's successor and the best alternatives, a few positions at a time."""
+    num_tokens = hidden.shape[0]
+    size = min(PROMPT_LOGPROB_TOKENS, num_tokens)
+    blocks = -(-num_tokens // size)
+    pad = blocks * size - num_tokens
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, size, -1)
+    next_tokens = jnp.pad(next_tokens, (0, pad)).reshape(blocks, size)
+    found = jax.lax.map(
+        lambda b: sampler.logprobs_of(decoder.logits(config, params, b[0]), b[1]), (hidden, next_tokens)
+    )
+    logprob, ids, top = (a.reshape(blocks * size, *a.shape[2:])[:num_tokens] for a in found)
+    return logprob, ids, top
+
+
+def _page_at(tables: Array, position: Array, page_size: int) -> Array:
+    return jnp.take_along_axis(tables, (position // page_size)[:, None], axis=1)[:, 0]

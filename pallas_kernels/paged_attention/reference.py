@@ -1,0 +1,163 @@
+"""Paged attention in plain JAX: the fallback on every backend and the oracle of the kernels.
+
+Online softmax over chunks of pages (arXiv 2205.14135, 2309.06180). The loop runs only to the
+longest row, so no program depends on the context length; a chunk that a row does not see
+leaves its state bit for bit unchanged, so no row depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+CHUNK_TOKENS = 128  # keys a loop turn sees
+BLOCK_QUERIES = 128  # queries of one prompt that share a loop
+MASKED = -1e30  # finite, so that exp(MASKED - MASKED) is 1 and not NaN; such weights are zeroed
+
+
+def decode(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    kv_lens: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Array:
+    """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
+    rows, q_heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = k_pages.shape
+    group = q_heads // kv_heads
+    chunk_pages = max(1, CHUNK_TOKENS // page_size)
+    chunk = chunk_pages * page_size
+    block_tables = _pad_columns(block_tables, chunk_pages)
+    q = q.reshape(rows, kv_heads, group, head_dim)
+    first_seen = jnp.maximum(kv_lens - window, 0) if window else jnp.zeros_like(kv_lens)
+    # An idle row (kv_len 0) must not drag the loop to the start of the windowed rows' past.
+    first = jnp.min(jnp.where(kv_lens > 0, first_seen, jnp.max(kv_lens))) // chunk
+    last = -(-jnp.max(kv_lens) // chunk)
+
+    def turn(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        pages = jax.lax.dynamic_slice_in_dim(block_tables, i * chunk_pages, chunk_pages, axis=1)
+        positions = i * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+        seen = (positions >= first_seen[:, None]) & (positions < kv_lens[:, None])
+        k = k_pages[pages].reshape(rows, chunk, kv_heads, head_dim)
+        v = v_pages[pages].reshape(rows, chunk, kv_heads, head_dim)
+        v = jnp.where(seen[:, :, None, None], v, jnp.zeros((), v.dtype))  # 0 * NaN of a stale page is NaN
+        scores = jnp.einsum("rkgd,rckd->rkgc", q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+        state, weights = _online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
+        update = jnp.einsum(
+            "rkgc,rckd->rkgd", weights.astype(v.dtype), v, precision=_precision(q), preferred_element_type=jnp.float32
+        )
+        return state[0], state[1], state[2] + update
+
+    state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), head_dim))
+    return _finish(state).astype(q.dtype).reshape(rows, q_heads, head_dim)
+
+
+def prefill(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    q_starts: Array,
+    q_lens: Array,
+    positions: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Array:
+    """Ragged prompts chunks on one token axis. See `api.prefill_attention`.
+
+    Walks blocks of queries prompt by prompt. A block may reach into the next prompt's
+    tokens; what it writes there is overwritten by that prompt's own first block.
+    """
+    tokens, q_heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = k_pages.shape
+    group = q_heads // kv_heads
+    block = min(BLOCK_QUERIES, tokens)
+    chunk_pages = max(1, CHUNK_TOKENS // page_size)
+    chunk = chunk_pages * page_size
+    block_tables = _pad_columns(block_tables, chunk_pages)
+    q = jnp.pad(q.reshape(tokens, kv_heads, group, head_dim), ((0, block), (0, 0), (0, 0), (0, 0)))
+    blocks_before = jnp.cumsum(-(-q_lens // block)) - (-(-q_lens // block))
+    num_blocks = jnp.sum(-(-q_lens // block))
+
+    def one_block(b: Array, out: Array) -> Array:
+        row = jnp.sum(b >= blocks_before) - 1  # idle rows are last: they start at num_blocks
+        offset = (b - blocks_before[row]) * block
+        start = q_starts[row] + offset
+        q_block = jax.lax.dynamic_slice_in_dim(q, start, block, axis=0)
+        q_pos = positions[row] + offset + jnp.arange(block, dtype=jnp.int32)
+        kv_len = positions[row] + jnp.minimum(offset + block, q_lens[row])
+        table = jax.lax.dynamic_index_in_dim(block_tables, row, axis=0, keepdims=False)
+
+        def turn(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            pages = jax.lax.dynamic_slice_in_dim(table, i * chunk_pages, chunk_pages)
+            kv_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            k = k_pages[pages].reshape(chunk, kv_heads, head_dim)
+            v = v_pages[pages].reshape(chunk, kv_heads, head_dim)
+            v = jnp.where((kv_pos < kv_len)[:, None, None], v, jnp.zeros((), v.dtype))
+            seen = kv_pos[None, :] <= q_pos[:, None]
+            if window:
+                seen &= kv_pos[None, :] > q_pos[:, None] - window
+            scores = jnp.einsum(
+                "qkgd,ckd->kgqc", q_block, k, precision=_precision(q), preferred_element_type=jnp.float32
+            )
+            state, weights = _online_softmax(state, scores, seen[None, None], scale, softcap)
+            update = jnp.einsum(
+                "kgqc,ckd->kgqd",
+                weights.astype(v.dtype),
+                v,
+                precision=_precision(q),
+                preferred_element_type=jnp.float32,
+            )
+            return state[0], state[1], state[2] + update
+
+        first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
+        state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, _initial_state((kv_heads, group, block), head_dim))
+        result = jnp.transpose(_finish(state), (2, 0, 1, 3)).astype(out.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
+
+    out = jax.lax.fori_loop(0, num_blocks, one_block, jnp.zeros_like(q))
+    return out[:tokens].reshape(tokens, q_heads, head_dim)
+
+
+def _online_softmax(
+    state: tuple[Array, Array, Array], scores: Array, seen: Array, scale: float, softcap: float | None
+) -> tuple[tuple[Array, Array, Array], Array]:
+    """Fold one chunk of raw scores into (max, sum, weighted values); returns its weights too."""
+    top, total, acc = state
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(seen, scores, MASKED)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+    shrink = jnp.exp(top - new_top)
+    return (new_top, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None]), weights
+
+
+def _initial_state(shape: tuple[int, ...], head_dim: int) -> tuple[Array, Array, Array]:
+    return (
+        jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+
+
+def _finish(state: tuple[Array, Array, Array]) -> Array:
+    _, total, acc = state
+    return acc / jnp.where(total == 0.0, 1.0, total)[..., None]  # a row that sees nothing yields 0
+
+
+def _pad_columns(block_tables: Array, multiple: int) -> Array:
+    return jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % multiple)))
+
+
+def _precision(q: Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
