@@ -1,0 +1,55 @@
+"""The plainest forward there is: dense attention over the whole sequence, no cache, no batching.
+
+What the engine's tokens and logits are compared with. Shares only the decoder with the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine.model.config import ModelConfig
+from engine.model.decoder import hidden_states, logits
+
+
+def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int]) -> np.ndarray:
+    """float32 [tokens, vocab]: logits after every token. Lengths are padded to powers of two for jit."""
+    length = len(token_ids)
+    tokens = np.zeros(max(16, 1 << (length - 1).bit_length()), np.int32)
+    tokens[:length] = token_ids
+    return np.asarray(_forward(config, params, tokens))[:length]
+
+
+def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """The next `num_tokens` tokens, each the argmax of a fresh forward."""
+    tokens = list(token_ids)
+    for _ in range(num_tokens):
+        tokens.append(int(naive_logits(config, params, tokens)[-1].argmax()))
+    return tokens[len(token_ids) :]
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(config: ModelConfig, params: dict, tokens: Array) -> Array:
+    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    hidden = hidden_states(config, params, tokens, positions, partial(_dense_attention, config))
+    return logits(config, params, hidden)
+
+
+def _dense_attention(config: ModelConfig, layer: int, q: Array, k: Array, v: Array) -> Array:
+    """Causal, windowed, soft-capped attention; q [tokens, q_heads, head_dim], k and v per KV head."""
+    k, v = (jnp.repeat(a, config.q_per_kv, axis=1).astype(jnp.float32) for a in (k, v))
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.einsum("qhd,khd->hqk", q.astype(jnp.float32), k) * config.attention_scale
+        if config.attention_softcap is not None:
+            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+        position = jnp.arange(q.shape[0])
+        distance = position[:, None] - position[None, :]
+        window = config.layers[layer].window
+        seen = (distance >= 0) & (distance < (window or q.shape[0]))
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype)
