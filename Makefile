@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test ## run the tests
 check: $(VENV)/.installed-test ## formatting, lint and types
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
-	$(bin)/pyright
+	$(bin)/pyright --pythonpath $(bin)/python
 
 format: $(VENV)/.installed-test ## rewrite the files as `make check` wants them
 	$(bin)/ruff format .

@@ -84,7 +84,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
         return "choice", tuple(str(part) for part in parts), False
     if typing.get_origin(hint) is tuple and parts in ((str, ...), (int, ...)):
         return ("texts" if parts[0] is str else "integers"), (), False
-    if isinstance(typing.get_origin(hint), type) and issubclass(typing.get_origin(hint), Mapping):
+    if typing.get_origin(hint) is Mapping:
         return "mapping", (), False
     plain: dict[Any, Kind] = {str: "text", int: "integer", float: "number", bool: "switch", Path: "text"}
     if hint in plain:
@@ -171,14 +171,13 @@ def _checked(path: Path, option: Option, value: Any) -> Any:
              "integer": "an integer", "mapping": "names with values"}  # fmt: skip
     want = f"one of {', '.join(option.choices)}" if option.choices else wants.get(option.kind, f"a {option.kind}")
     ok = isinstance(value, kinds[option.kind]) and (option.kind == "switch" or not isinstance(value, bool))
-    if ok and option.choices:
-        ok = value in option.choices
-    if ok and option.kind in ("texts", "integers"):
+    ok = ok and (not option.choices or value in option.choices)
+    if ok and isinstance(value, list):
         item = str if option.kind == "texts" else int
         ok = all(isinstance(part, item) and not isinstance(part, bool) for part in value)
     if not ok:
         raise UsageError(f"--config {path}: {option.name} must be {want}, got {value!r}")
-    return _whole_number_keys(value) if option.kind == "mapping" else value
+    return _whole_number_keys(value) if isinstance(value, dict) else value
 
 
 def build(cls: type, options: Iterable[Option], values: Mapping[str, Any]) -> Any:

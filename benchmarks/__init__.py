@@ -1,0 +1,1 @@
+"""Measurements: each one checks the tokens it produced and ends in one line of JSON."""
