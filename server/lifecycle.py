@@ -1,0 +1,140 @@
+"""Where the server is between start and exit: loading, serving, draining or failed.
+
+Knows what it needs of an engine (`EngineHandle`), and nothing about HTTP or signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.request import Request, TextDelta
+from server.errors import ApiError, engine_fault, not_ready, shutting_down
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.stats import EngineStats
+
+Sink = Callable[[list[TextDelta]], None]
+Report = Callable[[str, float], None]
+
+
+class TextCodec(Protocol):
+    """What the server asks of a tokenizer. All of it may be called from any thread."""
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> Sequence[int]: ...
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_str(self, token_id: int) -> str: ...
+    def single_tokens(self, word: str) -> tuple[int, ...]: ...
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str: ...
+
+
+class EngineHandle(Protocol):
+    """What the server asks of an engine. All of it may be called from any thread."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def tokenizer(self) -> TextCodec | None: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def failure(self) -> str | None:
+        """Why the loop thread died; None while it lives and after `stop`."""
+        ...
+
+    def submit(self, request: Request, sink: Sink) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def stats(self) -> EngineStats: ...
+    def stop(self) -> None: ...
+
+
+class Failable(Protocol):
+    """A piece of running work that can be told to end with an error."""
+
+    def fail(self, error: ApiError) -> None: ...
+
+
+class Lifecycle:
+    """Shared by the routes (event loop) and the launch thread, which calls `report` and `ready`."""
+
+    def __init__(self) -> None:
+        self.phase = "starting"
+        self.progress = 0.0
+        self.engine: EngineHandle | None = None
+        self.failure: BaseException | None = None
+        self.draining = False
+        self.started_s = time.monotonic()
+        self.ready_s: float | None = None  # seconds that start-up took
+        self._open: set[Failable] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def report(self, phase: str, progress: float) -> None:
+        self.phase, self.progress = phase, min(max(progress, 0.0), 1.0)
+
+    def ready(self, engine: EngineHandle) -> None:
+        self.ready_s = time.monotonic() - self.started_s
+        self.report("ready", 1.0)
+        self.engine = engine
+
+    def fail(self, error: BaseException) -> None:
+        self.failure = error
+
+    @property
+    def status(self) -> str:
+        if self.failure is not None:
+            return "failed"
+        return "draining" if self.draining else self.phase
+
+    @property
+    def alive(self) -> bool:
+        """The engine is there and its loop runs (or finishes what it has)."""
+        return self.engine is not None and self.engine.failure is None and self.failure is None
+
+    def serving(self) -> EngineHandle:
+        """The engine, if new work is welcome. Raises `ApiError` 503 otherwise."""
+        if self.draining:
+            raise shutting_down()
+        if self.engine is None:
+            raise not_ready(f"The server is not ready: {self.phase}, {self.progress:.0%}.")
+        if not self.alive:
+            raise ApiError(503, "The engine has stopped.", code="engine_stopped", retry_after_s=1.0)
+        return self.engine
+
+    def enter(self, work: Failable) -> None:
+        self._open.add(work)
+        self._idle.clear()
+
+    def leave(self, work: Failable) -> None:
+        self._open.discard(work)
+        if not self._open:
+            self._idle.set()
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until no work is open. False when the time was not enough."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def fail_open(self) -> None:
+        """End what is still open with an error that its client sees."""
+        error = shutting_down() if self.alive else engine_fault()
+        for work in list(self._open):
+            work.fail(error)

@@ -1,0 +1,18 @@
+"""`octavo serve`: the server process around a real engine."""
+
+from __future__ import annotations
+
+from engine.config import EngineOptions
+from engine.llm import load_engine
+from server.config import ServerOptions
+from server.lifecycle import EngineHandle, Report
+from server.process import run
+
+
+def serve(engine_options: EngineOptions, server_options: ServerOptions) -> int:
+    """Load a model and serve it until a signal or a failure. Returns the exit code."""
+
+    def launch(report: Report) -> EngineHandle:
+        return load_engine(engine_options, report)
+
+    return run(launch, server_options)
