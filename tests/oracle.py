@@ -51,5 +51,5 @@ def _dense_attention(config: ModelConfig, layer: int, q: Array, k: Array, v: Arr
         distance = position[:, None] - position[None, :]
         window = config.layers[layer].window
         seen = (distance >= 0) & (distance < (window or q.shape[0]))
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype)

@@ -147,6 +147,8 @@ def _smollm3(keys: Keys) -> ModelConfig:
 
 def _phi3(keys: Keys) -> ModelConfig:
     dims = dims_of(keys)
+    keys.neutral("full_attn_mod", 1)  # written by Phi-4-mini, whose code reads neither
+    keys.neutral("interpolate_factor", 1)
     fields, where = keys.rope_fields()
     if fields.get("rope_type", fields.get("type")) == "su":  # LongRoPE's name before it had one
         fields = {**fields, "type": None, "rope_type": "longrope"}

@@ -112,6 +112,11 @@ class Keys:
                 raise ModelError(f"config.json: {key}[{layer}] = {entry!r} is not supported; known: {allowed}")
         return value[:num_layers]
 
+    def neutral(self, key: str, value: float) -> None:
+        """A key of some exporters that is supported only with the value that changes nothing."""
+        if self.value(key, value) not in (value, None):
+            raise self.wrong(key, f"is not supported; only {value} is")
+
     def wrong(self, key: str, why: str) -> ModelError:
         return ModelError(f"config.json: {key} = {self.value(key)!r} {why}")
 

@@ -84,6 +84,8 @@ def open_orbax(folder: Path, max_model_len: int | None = None) -> OrbaxCheckpoin
         stored: Any = ocp.metadata(str(folder.resolve()), ARRAYS).metadata
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder}: no Orbax arrays under {ARRAYS!r}: {error}") from error
+    if not isinstance(stored, dict):  # what Orbax answers for arrays that it cannot open
+        raise ModelError(f"{folder}: the Orbax arrays under {ARRAYS!r} are damaged or incomplete")
     specs = param_specs(config, np.dtype(manifest.dtype))
     if set(specs) != set(stored):
         missing, extra = sorted(set(specs) - set(stored)), sorted(set(stored) - set(specs))

@@ -1,0 +1,112 @@
+"""Every family against transformers: logits and greedy tokens, and that each feature is what makes them agree."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from engine.model.config import LayerSpec, ModelConfig
+from engine.model.params import param_specs
+from engine.model.rope import Context, make_rope
+from tests.model.models import NAMES, checkpoint, expected, params, relative_error
+from tests.oracle import naive_greedy, naive_logits
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_greedy_tokens(name: str) -> None:
+    """One forward over prompt and greedy tokens checks both: by induction, argmax at each position is greedy."""
+    config = checkpoint(name).config
+    for case in expected(name):
+        logits = naive_logits(config, params(name), case.prompt + case.greedy)
+        assert relative_error(logits[case.positions], case.logits) < TOLERANCE
+        assert logits[len(case.prompt) - 1 : -1].argmax(-1).tolist() == case.greedy
+
+
+def test_naive_greedy_is_the_same_loop() -> None:
+    case = expected("smollm3")[2]
+    assert naive_greedy(checkpoint("smollm3").config, params("smollm3"), case.prompt, 12) == case.greedy[:12]
+
+
+def _layers(config: ModelConfig, **changes) -> ModelConfig:
+    return dataclasses.replace(config, layers=tuple(dataclasses.replace(s, **changes) for s in config.layers))
+
+
+def _no_window(config: ModelConfig) -> ModelConfig:
+    return _layers(config, window=None)
+
+
+def _one_wider(config: ModelConfig) -> ModelConfig:
+    wider = tuple(dataclasses.replace(s, window=s.window + 1 if s.window else None) for s in config.layers)
+    return dataclasses.replace(config, layers=wider)
+
+
+def _default_rope(config: ModelConfig) -> ModelConfig:
+    fields = {"rope_theta": 10_000.0}
+    return _layers(config, rope=make_rope(fields, config.head_dim, Context(512, 512)))
+
+
+def _rope_everywhere(config: ModelConfig) -> ModelConfig:
+    return _layers(config, rope=next(s.rope for s in config.layers if s.rope))
+
+
+def _unscaled_rope(config: ModelConfig) -> ModelConfig:
+    layers = tuple(LayerSpec(dataclasses.replace(s.rope, scale=1.0), s.window) for s in config.layers if s.rope)
+    return dataclasses.replace(config, layers=layers)
+
+
+def _local_rope(config: ModelConfig) -> ModelConfig:
+    return _layers(config, rope=config.layers[0].rope)
+
+
+REMOVALS = [
+    ("llama", "rope", lambda c: _layers(c, rope=None)),
+    ("llama", "eps", lambda c: dataclasses.replace(c, norm_eps=1e-2)),
+    ("llama_bias", "qkv_bias", lambda c: dataclasses.replace(c, qkv_bias=False)),
+    ("llama_bias", "output_bias", lambda c: dataclasses.replace(c, output_bias=False)),
+    ("llama_bias", "mlp_bias", lambda c: dataclasses.replace(c, mlp_bias=False)),
+    ("llama_llama3", "llama3", _default_rope),
+    ("llama_linear", "linear", _default_rope),
+    ("qwen2_yarn", "yarn", _default_rope),
+    ("qwen2_yarn", "yarn scale", _unscaled_rope),
+    ("phi3", "partial rotary", _default_rope),
+    ("phi3", "longrope scale", _unscaled_rope),
+    ("phi3", "window", _no_window),
+    ("phi3_long", "longrope scale", _unscaled_rope),
+    ("mistral", "window", _no_window),
+    ("mistral", "window edge", _one_wider),
+    ("qwen2", "window", _no_window),
+    ("qwen2", "qkv_bias", lambda c: dataclasses.replace(c, qkv_bias=False)),
+    ("qwen3", "qk_norm", lambda c: dataclasses.replace(c, qk_norm="none")),
+    ("smollm3", "no rope", _rope_everywhere),
+    ("smollm3", "window", _no_window),
+    ("gemma2", "attention softcap", lambda c: dataclasses.replace(c, attention_softcap=None)),
+    ("gemma2", "final softcap", lambda c: dataclasses.replace(c, final_softcap=None)),
+    ("gemma2", "embedding", lambda c: dataclasses.replace(c, embedding_multiplier=1.0)),
+    ("gemma2", "scale", lambda c: dataclasses.replace(c, attention_scale=c.head_dim**-0.5)),
+    ("gemma2", "activation", lambda c: dataclasses.replace(c, activation="gelu")),
+    ("gemma2", "window", _no_window),
+    ("gemma2", "post norm", lambda c: dataclasses.replace(c, norm_place="pre")),
+    ("gemma3_text", "two ropes", _local_rope),
+    ("gemma3_text", "qk_norm", lambda c: dataclasses.replace(c, qk_norm="none")),
+    ("gemma3_text", "window", _no_window),
+    ("granite", "embedding", lambda c: dataclasses.replace(c, embedding_multiplier=1.0)),
+    ("granite", "residual", lambda c: dataclasses.replace(c, residual_multiplier=1.0)),
+    ("granite", "logits", lambda c: dataclasses.replace(c, logits_multiplier=1.0)),
+    ("granite", "scale", lambda c: dataclasses.replace(c, attention_scale=c.head_dim**-0.5)),
+    ("olmo2", "qk_norm", lambda c: dataclasses.replace(c, qk_norm="none")),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), [(n, c) for n, _, c in REMOVALS], ids=[f"{n}-{f}" for n, f, _ in REMOVALS])
+def test_every_feature_matters(name: str, change) -> None:
+    """Without the feature the same comparison fails, so the parity above does test it."""
+    changed = change(checkpoint(name).config)
+    kept = param_specs(changed, np.dtype(np.float32))
+    weights = {key: array for key, array in params(name).items() if key in kept}
+    case = expected(name)[-1]
+    logits = naive_logits(changed, weights, case.prompt)
+    assert relative_error(logits[case.positions], case.logits) > 2 * TOLERANCE
