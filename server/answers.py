@@ -186,7 +186,7 @@ class CompletionAnswer(_Base):
         self,
         choice: int,
         token_ids: Sequence[int],
-        entries: Sequence[TokenLogprobs],
+        entries: Sequence[TokenLogprobs | None],
         prompt: Sequence[TokenLogprobs | None] | None,
     ) -> Json | None:
         """`prompt` is given where the prompt's own tokens come first in the text."""

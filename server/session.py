@@ -70,8 +70,9 @@ def prepare_completion(engine: EngineHandle, body: CompletionRequest, arrival_s:
         max_tokens = max(1, min(COMPLETION_MAX_TOKENS, room))
     params = body.sampling(max_tokens, **wanted)
     requests = _requests(engine, body, params, prompts, "prompt")
-    echo = tuple(_prompt_text(engine, *pair, params) for pair in zip(body.prompt, prompts, strict=True))
-    return Work(body=body, requests=requests, echo=echo if body.echo else (), arrival_s=arrival_s)
+    pairs = zip(body.prompt, prompts, strict=True) if body.echo else ()
+    echo = tuple(_prompt_text(engine, prompt, ids, params) for prompt, ids in pairs)
+    return Work(body=body, requests=requests, echo=echo, arrival_s=arrival_s)
 
 
 def render(tokenizer: TextCodec, body: ChatRequest | TokenizeRequest) -> str:
@@ -123,6 +124,8 @@ def _requests(
     for ids in prompts:
         if not ids:
             raise InvalidParam(param, "must not be empty")
+        if max(ids) >= engine.vocab_size:  # the engine says so too, but `echo` decodes them before
+            raise InvalidParam(param, f"token ids must be below {engine.vocab_size}")
     tokenizer = engine.tokenizer
     banned = {i for word in params.bad_words for i in _tokenizer(engine, "bad_words").single_tokens(word)}
     unique = uuid.uuid4().hex
