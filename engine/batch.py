@@ -88,8 +88,8 @@ def step_layout(config: EngineConfig, key: StepKey) -> Layout:
     idle = config.max_num_seqs
     new_pages = -(-config.decode_steps // config.page_size) if key.tokens == 0 else 1
     decode = [
-        Field("num_steps", (), "int32"),
         Field("decode_slot", (key.rows,), "int32", idle),
+        Field("decode_count", (key.rows,), "int32"),
         Field("first_new_page", (key.rows,), "int32"),
         Field("new_pages", (key.rows, new_pages), "int32", -1),
     ]
@@ -126,7 +126,6 @@ def step_key(config: EngineConfig, plan: StepPlan) -> StepKey:
 def build(config: EngineConfig, key: StepKey, layout: Layout, plan: StepPlan) -> np.ndarray:
     """The plan as the vector that program `key` takes."""
     vector, fields = layout.pack()
-    fields["num_steps"][...] = plan.num_steps
     for i, row in enumerate(plan.decode_rows):
         _fill_decode(fields, i, row)
     start = 0
@@ -138,6 +137,7 @@ def build(config: EngineConfig, key: StepKey, layout: Layout, plan: StepPlan) ->
 
 def _fill_decode(fields: Mapping[str, np.ndarray], i: int, row: DecodeRow) -> None:
     fields["decode_slot"][i] = row.seq.slot
+    fields["decode_count"][i] = row.count
     if row.new_pages:
         fields["first_new_page"][i] = row.first_new_page
         fields["new_pages"][i, : len(row.new_pages)] = row.new_pages

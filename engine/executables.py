@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import stat
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jax import Array
 from jax.experimental import serialize_executable
 
 from engine.errors import CapacityError, ModelError
+from engine.stats import Counters
 
 Report = Callable[[str, float], None]  # phase, progress 0 to 1
 _SOURCES = ("engine", "pallas_kernels", "sharding")
@@ -143,31 +143,25 @@ class NoProgramCache(ProgramCache):
         pass
 
 
-@dataclass
-class CompileLog:
-    """Compilations that the process made, counted by JAX itself."""
+def count_compiles(counters: Counters) -> None:
+    """Count the process's compilations into `counters`, as JAX itself reports them."""
 
-    count: int = 0
-    seconds: float = 0.0
+    def heard(event: str, duration_s: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counters.compiles += 1
+            counters.compile_s += duration_s
+            counters.compiles_after_ready += counters.ready
 
-    def listen(self) -> None:
-        def heard(event: str, duration_s: float, **_: Any) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
-                self.count += 1
-                self.seconds += duration_s
-
-        jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(heard)
 
 
 def compile_all(programs: Sequence[Program], cache: ProgramCache, report: Report) -> dict[str, Executable]:
-    """Every program, loaded or compiled, two at a time a core; keys are the programs' names."""
+    """Every program, loaded or compiled, a thread a core; keys are the programs' names."""
     done: dict[str, Executable] = {}
-    started = time.monotonic()
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for executable in pool.map(lambda program: compile_one(program, cache), programs):
             done[executable.name] = executable
             report("compile", len(done) / len(programs))
-    report(f"compiled {len(done)} programs in {time.monotonic() - started:.1f} s", 1.0)
     return done
 
 

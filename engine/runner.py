@@ -29,6 +29,7 @@ from engine.executables import Executable
 from engine.model.config import ModelConfig
 from engine.plan import PromptLogprobs, RowResult, StepPlan, StepResult
 from engine.programs import kv_shapes, slots_of
+from engine.stats import Counters
 from engine.steps import StepOutput
 
 
@@ -86,10 +87,12 @@ class Runner:
         config: EngineConfig,
         params: dict[str, Array],
         executables: dict[str, Executable],
+        counters: Counters,
     ) -> None:
         self.model = model
         self.config = config
         self.executables = executables
+        self.counters = counters
         self._params = jax.tree.leaves(params)
         self._layouts = {key: step_layout(config, key) for key in lattice(config)}
         self._configure_layout = configure_layout(config, model.vocab_size)
@@ -109,9 +112,17 @@ class Runner:
         key = step_key(self.config, plan)
         vector = build(self.config, key, self._layouts[key], plan)
         output = self._step(self.executables[key.name], vector)
+        self._count(key, plan)
         for array in output:
             array.copy_to_host_async()
         return Pending(plan, key, jax.tree.unflatten(self.executables[key.name].structures[2], output))
+
+    def _count(self, key: StepKey, plan: StepPlan) -> None:
+        counters, steps = self.counters, max(plan.num_steps, 1)
+        used = plan.num_prefill_tokens + sum(row.count for row in plan.decode_rows)
+        counters.steps[key.name] = counters.steps.get(key.name, 0) + 1
+        counters.tokens_used += used
+        counters.tokens_padded += key.tokens + key.rows * steps - used
 
     def token_logits(self, executable: Executable, vector: np.ndarray) -> np.ndarray:
         """float32 [tokens, vocab] of a chunk, through a program of `programs.logits_program`."""

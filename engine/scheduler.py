@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 
 from engine.config import EngineConfig
-from engine.errors import ContextOverflow, QueueFull
+from engine.errors import ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
 from engine.plan import DecodeRow, PrefillRow, RowResult, StepPlan, StepResult
 from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
@@ -62,10 +62,8 @@ class Scheduler:
         return total
 
     def add(self, request: Request) -> None:
-        """Queue all choices of a request. Raises ContextOverflow or QueueFull, and then holds none."""
+        """Queue all choices of a request. Raises ContextOverflow, and then holds none."""
         total = self.validate(request)
-        if len(self.waiting) + request.params.n > self.config.max_queued_requests:
-            raise QueueFull(f"{len(self.waiting)} sequences are waiting", retry_after_s=1.0)
         base = request.params.seed
         if base is None:
             self._num_unseeded += 1

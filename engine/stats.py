@@ -20,6 +20,7 @@ class Counters:
     compiles_after_ready: int = 0
     tokens_used: int = 0  # token positions that steps computed for somebody
     tokens_padded: int = 0  # token positions that buckets added
+    ready: bool = False
     steps: dict[str, int] = field(default_factory=dict)  # program name -> calls
 
 

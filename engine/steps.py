@@ -74,23 +74,26 @@ def unpack(layout: Layout, vector: Array) -> dict[str, Array]:
 def decode_step(
     config: ModelConfig, layout: Layout, max_steps: int, params: Params, kv: KV, slots: Slots, vector: Array
 ) -> tuple[KV, Slots, StepOutput]:
-    """Draw up to num_steps <= max_steps tokens for each row; leaves early when all rows are done."""
+    """Draw decode_count <= max_steps tokens for each row, fewer where it ends; leaves when all are done."""
     batch = unpack(layout, vector)
     slot = batch["decode_slot"]
     slots = add_pages(slots, slot, batch["first_new_page"], batch["new_pages"])
     tables, sampling = slots.block_tables[slot], slots.sampling.rows(slot)
     out = empty_output(slot.shape[0], max_steps)
 
+    def is_drawing(i: Array, slots: Slots) -> Array:
+        return slots.active[slot] & (i < batch["decode_count"])
+
     def turn(state: tuple[Array, KV, Slots, StepOutput]) -> tuple[Array, KV, Slots, StepOutput]:
         i, kv, slots, out = state
-        active, position = slots.active[slot], slots.position[slot]
-        kv, hidden = forward(config, params, kv, slots.last_token[slot], position, active, tables, None)
+        drawing, position = is_drawing(i, slots), slots.position[slot]
+        kv, hidden = forward(config, params, kv, slots.last_token[slot], position, drawing, tables, None)
         drawn = sampler.draw(decoder.logits(config, params, hidden), slots, slot, sampling, position + 1)
-        out = record(out, i, drawn, active)
-        return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, active), out
+        out = record(out, i, drawn, drawing)
+        return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
 
     def more(state: tuple[Array, KV, Slots, StepOutput]) -> Array:
-        return (state[0] < batch["num_steps"]) & jnp.any(state[2].active[slot])
+        return jnp.any(is_drawing(state[0], state[2]))
 
     _, kv, slots, out = jax.lax.while_loop(more, turn, (jnp.int32(0), kv, slots, out))
     return kv, slots, out
@@ -231,9 +234,10 @@ def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
 
 
 def advance(slots: Slots, slot: Array, drawn: Drawn, sampling: Sampling, length: Array, drawing: Array) -> Slots:
-    """The slots after each drawing row became `length + 1` tokens long; the others keep theirs, inactive."""
+    """The slots after each drawing row became `length + 1` tokens long; the others stay as they are."""
     stops = jnp.any(drawn.token[:, None] == sampling.stop_ids, axis=1) & (length >= sampling.min_len)
-    active = drawing & ~stops & (length + 1 < sampling.max_len) & ~drawn.faulty
+    goes_on = ~stops & (length + 1 < sampling.max_len) & ~drawn.faulty
+    active = jnp.where(drawing, goes_on, slots.active[slot])
     token = jnp.where(drawing, drawn.token, slots.last_token[slot])
     position = jnp.where(drawing, length, slots.position[slot])
     return replace(

@@ -1,0 +1,150 @@
+"""From options to a running engine: find the model, load it, compile the closed set, warm up.
+
+The one place where the parts are wired together; the offline API and the server both use it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine.batch import StepKey, lattice
+from engine.config import EngineConfig, EngineOptions, cache_root
+from engine.device import device_facts
+from engine.errors import CapacityError
+from engine.executables import (
+    Executable,
+    NoProgramCache,
+    ProgramCache,
+    Report,
+    compile_all,
+    compile_one,
+    count_compiles,
+)
+from engine.loop import Engine
+from engine.model.config import ModelConfig
+from engine.model.params import param_specs
+from engine.model.weights import Checkpoint, open_checkpoint
+from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, step_program
+from engine.registry import resolve_model
+from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
+from engine.runner import Runner
+from engine.stats import Counters
+from engine.text import Tokenizer, load_tokenizer
+
+log = logging.getLogger("octavo.engine")
+CacheFor = Callable[[EngineConfig], ProgramCache]
+TEMPORARY_GUESS_BYTES = 2 << 30  # when memory is ample even with this, nobody needs to know better
+
+
+def load_engine(options: EngineOptions, report: Report = lambda phase, progress: None) -> Engine:
+    """A warmed-up engine whose thread is not started yet. Raises OctavoError with the cause.
+
+    report(phase, progress 0 to 1) is called from this thread as phases go on.
+    """
+    counters = Counters()
+    count_compiles(counters)
+    report("find model", 0.0)
+    root = cache_root(options.cache_dir)
+    path = resolve_model(options.model, cache_dir=root, revision=options.revision)
+    checkpoint = open_checkpoint(path, max_model_len=options.max_model_len)
+    tokenizer = None if options.skip_tokenizer_init else _tokenizer(options, path)
+    model, device = checkpoint.config, device_facts()
+
+    def cache_for(config: EngineConfig) -> ProgramCache:
+        return ProgramCache(root, model=model, config=config) if options.compile_cache else NoProgramCache()
+
+    config = resolve(options, model, checkpoint.dtype, device)
+    config = size_pool(options, model, config, device, cache_for)
+    log.info("%s on %s: %s", options.model, device.platform, config)
+    params = load_params(checkpoint, config, report)
+    executables = compile_all(serving_programs(model, config), cache_for(config), report)
+    _check_fits(model, config, executables, device)
+    report("warm up", 0.0)
+    runner = Runner(model, config, params, executables, counters)
+    runner.warm_up()
+    ends = (*checkpoint.end_token_ids, *(tokenizer.end_token_ids if tokenizer else ()))
+    engine = Engine(
+        config,
+        runner,
+        vocab_size=model.vocab_size,
+        tokenizer=tokenizer,
+        model_name=options.model,
+        end_token_ids=tuple(dict.fromkeys(ends)),
+        counters=counters,
+    )
+    counters.ready = True
+    report("ready", 1.0)
+    return engine
+
+
+def _tokenizer(options: EngineOptions, path: Path) -> Tokenizer:
+    source = Path(options.tokenizer) if options.tokenizer else path
+    return load_tokenizer(source, Path(options.chat_template) if options.chat_template else None)
+
+
+def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Array]:
+    """All weights on the device, one at a time, in the engine's dtype."""
+    specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
+    loaded = 0
+
+    def put(name: str, array: np.ndarray) -> Array:
+        nonlocal loaded
+        loaded += 1
+        report("load weights", loaded / len(specs))
+        return jax.device_put(array)
+
+    params = checkpoint.load(specs, put)
+    jax.block_until_ready(params)
+    return params
+
+
+def size_pool(
+    options: EngineOptions, model: ModelConfig, config: EngineConfig, device: DeviceFacts, cache_for: CacheFor
+) -> EngineConfig:
+    """Give the KV pool what the weights and the hungriest programs leave.
+
+    Where memory binds, the largest programs are compiled with the smallest pool to learn
+    their temporary memory: the pool is donated, so its size does not change theirs.
+    """
+    used = _bytes(param_shapes(model, config)) + _bytes(slots_of(model, config))
+
+    def sized(temporary: int) -> EngineConfig:
+        return with_pages(config, options.kv_cache_memory_bytes, page_bytes(model, config), used + temporary, device)
+
+    if usable_bytes(device) > used + TEMPORARY_GUESS_BYTES:
+        ample = sized(TEMPORARY_GUESS_BYTES) if options.kv_cache_memory_bytes is None else sized(0)
+        if ample == sized(0):
+            return ample
+    largest = max(lattice(config)), StepKey(0, config.decode_buckets[-1])
+    probes = [compile_one(step_program(model, config, key), cache_for(config)) for key in largest]
+    return sized(max(_extra_bytes(probe) for probe in probes))
+
+
+def _check_fits(
+    model: ModelConfig, config: EngineConfig, executables: dict[str, Executable], device: DeviceFacts
+) -> None:
+    """The compiler's own account of the hungriest program against the device."""
+    pool = config.num_pages * page_bytes(model, config)
+    used = _bytes(param_shapes(model, config)) + _bytes(slots_of(model, config)) + pool
+    hungriest = max(executables.values(), key=_extra_bytes)
+    if used + _extra_bytes(hungriest) > device.memory_bytes:
+        raise CapacityError(
+            f"weights, slots and a KV pool of {pool:,} bytes take {used:,}, program {hungriest.name} "
+            f"{_extra_bytes(hungriest):,} more; the device has {device.memory_bytes:,}"
+        )
+
+
+def _extra_bytes(executable: Executable) -> int:
+    memory = executable.memory()
+    return memory.temporary + memory.code + memory.outputs - memory.aliased
+
+
+def _bytes(shapes: object) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,294 @@
+"""The engine's thread: inbox -> plan -> launch -> commit -> sinks. The one place that drives a step.
+
+`run_once` and `run_once_overlapped` do the same; the plain one is the debug mode and the
+oracle. Knows nothing about HTTP. Sinks are called from this thread and must not block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.config import EngineConfig
+from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
+from engine.plan import StepPlan, StepResult
+from engine.request import MAX_STOP_IDS, FinishReason, Request, TextDelta, TokenEvent
+from engine.scheduler import Scheduler
+from engine.sequence import stop_token_ids
+from engine.stats import Counters, EngineStats
+from engine.text import TextStream, Tokenizer
+
+Sink = Callable[[list[TextDelta]], None]
+log = logging.getLogger("octavo.engine")
+INTERNAL_ERROR = "the engine failed this request"
+
+
+class PendingStep(Protocol):
+    @property
+    def plan(self) -> StepPlan: ...
+    def result(self) -> StepResult: ...
+
+
+class StepRunner(Protocol):
+    """What the loop needs of a device; tests bring one whose tokens are a formula."""
+
+    def launch(self, plan: StepPlan) -> PendingStep: ...
+    def reset(self) -> None: ...
+
+
+@dataclass
+class Live:
+    """An admitted request: where its deltas go, and the text state of each choice still open."""
+
+    request: Request
+    sink: Sink
+    streams: dict[int, TextStream]
+
+
+class Engine:
+    """Thread-safe front of one model: `submit`, `abort`, `stats`, `drain`, `stop`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: StepRunner,
+        *,
+        vocab_size: int,
+        tokenizer: Tokenizer | None = None,
+        model_name: str = "",
+        end_token_ids: tuple[int, ...] = (),
+        counters: Counters | None = None,
+    ) -> None:
+        self.config = config
+        self.runner = runner
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self.model_name = model_name
+        self.end_token_ids = end_token_ids
+        self.counters = counters or Counters()
+        self.scheduler = Scheduler(config, self.counters)
+        self.failure: str | None = None  # why the thread died
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._live: dict[str, Live] = {}
+        self._pending: PendingStep | None = None
+        self._draining = self._stopping = False
+        self._last_step_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._num_submitted = 0  # choices in the inbox that the scheduler has not seen
+        self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
+
+    # -- called from any thread ---------------------------------------------------------------
+
+    def start(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request. Raises InvalidParam, ContextOverflow, QueueFull or EngineStopped, and then keeps nothing."""
+        if self._draining or self.failure is not None:
+            raise EngineStopped(self.failure or "the engine is shutting down")
+        self._check(request)
+        choices = request.params.n
+        with self._lock:
+            queued = len(self.scheduler.waiting) + self._num_submitted
+            if queued + choices > self.config.max_queued_requests:
+                raise QueueFull(f"{queued} sequences are waiting", retry_after_s=1.0)
+            self._num_submitted += choices
+        self._inbox.put(lambda: self._add(request, sink))
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is. Unknown and finished ids are fine."""
+        self._inbox.put(lambda: self._deliver(self.scheduler.abort(request_id)))
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run `function` on the engine's thread between steps, with none in flight; returns its result."""
+        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            self._settle()
+            try:
+                done.put((function(), None))
+            except Exception as error:  # handed to the caller, whose function it is
+                done.put((None, error))
+
+        self._inbox.put(run)
+        result, error = done.get()
+        if error is not None:
+            raise error
+        return result
+
+    def stats(self) -> EngineStats:
+        scheduler, counters = self.scheduler, self.counters
+        running = len(scheduler.running)
+        idle = running == 0 and not scheduler.waiting
+        fields = {f.name: getattr(counters, f.name) for f in dataclasses.fields(Counters) if f.name != "ready"}
+        fields["steps"] = dict(counters.steps)
+        return EngineStats(
+            num_running=running,
+            num_waiting=len(scheduler.waiting) + self._num_submitted,
+            kv_usage=scheduler.cache.pool.num_held / (self.config.num_pages - 1),
+            last_step_age_s=0.0 if idle else time.monotonic() - self._last_step_s,
+            **fields,
+        )
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; True when none is left."""
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.failure is None:
+            if not self._live and self._inbox.empty():
+                return True
+            time.sleep(0.01)
+        return not self._live
+
+    def stop(self) -> None:
+        """End what is left with ABORT and join the thread."""
+        self._draining = self._stopping = True
+        self._inbox.put(lambda: None)  # wakes the thread
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=30)
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        step = self.run_once_overlapped if self.config.overlap else self.run_once
+        try:
+            while not self._stopping:
+                worked = self._guarded(step)
+                self._read_inbox(block=not worked)
+            self._settle()
+            for request_id in list(self._live):
+                self._deliver(self.scheduler.abort(request_id))
+        except BaseException as error:  # the thread's end: say why, leave no client waiting
+            log.exception("the engine's thread died")
+            self.failure = f"{type(error).__name__}"
+            for live in list(self._live.values()):
+                live.sink([_error_delta(live.request.request_id, i) for i in live.streams])
+
+    def run_once(self) -> bool:
+        """One step, start to end. False when there is nothing to do."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return False
+        self._commit(self.runner.launch(plan))
+        return True
+
+    def run_once_overlapped(self) -> bool:
+        """Launch a step, then read the one before it: the device never waits for the host's reading."""
+        plan = self.scheduler.plan()
+        launched = self.runner.launch(plan) if plan is not None else None
+        previous, self._pending = self._pending, launched
+        if previous is not None:
+            self._commit(previous)
+        return launched is not None or previous is not None
+
+    def _commit(self, pending: PendingStep) -> None:
+        result = pending.result()
+        self._last_step_s = time.monotonic()
+        self._deliver(self.scheduler.commit(pending.plan, result))
+
+    def _settle(self) -> None:
+        """Read the step in flight, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._commit(pending)
+
+    def _guarded(self, step: Callable[[], bool]) -> bool:
+        """A step that fails ends the requests that were in it, not the engine."""
+        try:
+            return step()
+        except Exception:  # whatever a device or a bug throws; a second failure here ends the thread
+            log.exception("a step failed; running requests end with an error")
+            self._pending = None
+            self.runner.reset()
+            self._deliver(self.scheduler.fail_all(INTERNAL_ERROR))
+            return True
+
+    def _read_inbox(self, block: bool) -> None:
+        if block and self._inbox.empty():
+            self._last_step_s = time.monotonic()
+        while block or not self._inbox.empty():
+            self._inbox.get()()
+            block = False
+
+    # -- requests in, deltas out ----------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        self.scheduler.validate(request)
+        params, last = request.params, self.vocab_size - 1
+        named = {
+            "prompt": request.prompt_token_ids,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": tuple(params.logit_bias),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "bad_words": request.banned_token_ids,
+        }
+        for name, ids in named.items():
+            if ids and not (0 <= min(ids) and max(ids) <= last):
+                raise InvalidParam(name, f"token ids must be between 0 and {last}")
+        if len(stop_token_ids(request)) > MAX_STOP_IDS:
+            raise InvalidParam("stop_token_ids", f"at most {MAX_STOP_IDS} with the model's own end tokens")
+        if params.stop and (self.tokenizer is None or not params.detokenize):
+            raise InvalidParam("stop", "stop strings need a tokenizer and detokenize")
+
+    def _add(self, request: Request, sink: Sink) -> None:
+        with self._lock:
+            self._num_submitted -= request.params.n
+        tokenizer = self.tokenizer if request.params.detokenize else None
+        try:
+            if request.request_id in self._live:
+                raise InvalidParam("request_id", f"{request.request_id} is in use")
+            self.scheduler.add(request)
+        except OctavoError as error:
+            sink([_error_delta(request.request_id, i, str(error)) for i in range(request.params.n)])
+            return
+        streams = {i: TextStream(tokenizer, request.params, request.prompt_token_ids) for i in range(request.params.n)}
+        self._live[request.request_id] = Live(request, sink, streams)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        """Events -> deltas, one sink call a request; a stop string ends its choice here."""
+        by_request: dict[str, list[TextDelta]] = {}
+        for event in events:
+            live = self._live.get(event.request_id)
+            if live is None or event.index not in live.streams:
+                continue
+            by_request.setdefault(event.request_id, []).append(self._guarded_delta(live, event))
+        for request_id, deltas in by_request.items():
+            live = self._live[request_id]
+            if not live.streams:
+                del self._live[request_id]
+            live.sink(deltas)
+
+    def _guarded_delta(self, live: Live, event: TokenEvent) -> TextDelta:
+        """A fault in one request's text ends that choice alone."""
+        try:
+            return self._to_delta(live, event)
+        except Exception:  # a bug in detokenizing must not reach the neighbours
+            log.exception("text of request %s failed", event.request_id)
+            self._finish(event)
+            del live.streams[event.index]
+            return _error_delta(event.request_id, event.index)
+
+    def _to_delta(self, live: Live, event: TokenEvent) -> TextDelta:
+        stream = live.streams[event.index]
+        delta = stream.push(event)
+        if stream.stopped and event.finish_reason is None:
+            self._finish(event)
+        if delta.finish_reason is not None:
+            del live.streams[event.index]
+        return delta
+
+    def _finish(self, event: TokenEvent) -> None:
+        seq = self.scheduler.find(event.request_id, event.index)
+        if seq is not None:
+            self.scheduler.finish(seq)
+
+
+def _error_delta(request_id: str, index: int, message: str = INTERNAL_ERROR) -> TextDelta:
+    return TextDelta(request_id=request_id, index=index, finish_reason=FinishReason.ERROR, error=message)

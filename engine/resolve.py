@@ -1,0 +1,122 @@
+"""From what was asked and what the device is to one concrete configuration. Pure functions.
+
+Every "auto" of `EngineOptions` is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from engine.config import EngineConfig, EngineOptions
+from engine.errors import CapacityError, InvalidParam
+from engine.model.config import ModelConfig
+
+GIB = 1 << 30
+CPU_KV_BYTES = 1 * GIB  # enough for dozens of chats with a small model; the rest stays the user's
+CPU_MEMORY_FRACTION = 0.8  # of what the machine has
+DEVICE_MEMORY_FRACTION = 0.92  # of what the runtime reports; the rest is for its own buffers
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the choice depends on."""
+
+    platform: Literal["cpu", "tpu", "gpu"]
+    memory_bytes: int  # of one device; for a CPU, of the machine
+    fast_bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Per backend: a step must be worth its launch, and a CPU should not make anybody wait for it."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_prefill_rows: int
+    page_size: int
+    decode_steps: int
+    smallest_tokens: int
+    smallest_rows: int  # on a CPU 2: one row of bfloat16 falls off XLA's fast path
+
+
+DEFAULTS = {
+    "cpu": Defaults(32, 512, 8, 16, 4, 32, 2),
+    "gpu": Defaults(256, 4096, 16, 32, 8, 64, 4),
+    "tpu": Defaults(256, 4096, 16, 32, 8, 64, 8),
+}
+
+
+def resolve(options: EngineOptions, model: ModelConfig, native_dtype: str, device: DeviceFacts) -> EngineConfig:
+    """Concrete configuration but for the KV pool, which `with_pages` sizes (num_pages is 2 until then)."""
+    defaults = DEFAULTS[device.platform]
+    max_model_len = options.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise InvalidParam("max_model_len", f"{max_model_len} is more than the model's {model.max_position} positions")
+    seqs = options.max_num_seqs or defaults.max_num_seqs
+    tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
+    return EngineConfig(
+        dtype=_dtype(options.dtype, native_dtype, device),
+        max_model_len=max_model_len,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_prefill_rows=min(defaults.max_prefill_rows, seqs),
+        page_size=options.page_size or defaults.page_size,
+        num_pages=2,
+        decode_steps=options.decode_steps or defaults.decode_steps,
+        token_buckets=_ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
+        prefill_decode_buckets=(0, *_ladder(max(seqs // 4, 1), seqs, 4)),
+        decode_buckets=_ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
+        enable_prefix_caching=options.enable_prefix_caching,
+        overlap=options.overlap,
+        max_queued_requests=options.max_queued_requests,
+        seed=options.seed,
+    )
+
+
+def usable_bytes(device: DeviceFacts) -> int:
+    """What weights, KV pool and temporaries may take together."""
+    return int(device.memory_bytes * (CPU_MEMORY_FRACTION if device.platform == "cpu" else DEVICE_MEMORY_FRACTION))
+
+
+def with_pages(
+    config: EngineConfig, wanted_bytes: int | None, page_bytes: int, used_bytes: int, device: DeviceFacts
+) -> EngineConfig:
+    """`config` with as many pages as fit beside `used_bytes` (weights, slots, temporaries) and are of use.
+
+    wanted_bytes: what the user asked for, or None. Raises CapacityError with the sizes.
+    """
+    budget = usable_bytes(device) - used_bytes
+    useful = config.max_num_seqs * config.max_pages_per_seq * page_bytes
+    default = (
+        min(useful, max(CPU_KV_BYTES, page_bytes * config.max_pages_per_seq)) if device.platform == "cpu" else useful
+    )
+    target = wanted_bytes if wanted_bytes is not None else min(default, budget)
+    if target > budget:
+        raise CapacityError(
+            f"kv_cache_memory_bytes: {target:,} bytes do not fit: the device has {device.memory_bytes:,}, of which "
+            f"{usable_bytes(device):,} may be used and weights and programs take {used_bytes:,}"
+        )
+    pages = target // page_bytes
+    if pages < 1:
+        raise CapacityError(
+            f"no room for a KV cache: a page of {config.page_size} tokens takes {page_bytes:,} bytes, "
+            f"{max(target, 0):,} are left of {device.memory_bytes:,}"
+        )
+    return replace(config, num_pages=pages + 1)
+
+
+def _dtype(asked: str, native: str, device: DeviceFacts) -> Literal["bfloat16", "float32"]:
+    if asked == "float32" or (asked == "auto" and (native == "float32" or not device.fast_bfloat16)):
+        return "float32"
+    return "bfloat16"
+
+
+def _ladder(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """smallest, smallest * factor, ... and at the end exactly `largest`."""
+    sizes = []
+    size = smallest
+    while size < largest:
+        sizes.append(size)
+        size *= factor
+    return (*sizes, largest)

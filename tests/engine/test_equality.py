@@ -1,0 +1,130 @@
+"""The safety net: whatever the load, a request's tokens are those of a naive full forward.
+
+Random arrivals, prompt lengths, chunk sizes, page pressure with preemption, prefix hits, n,
+seeds, sampling parameters and aborts; plain and overlapped loop; page conservation after
+every step (`world.step`).
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.request import FinishReason, Request, SamplingParams
+from tests.engine.world import CONFIG, Client, World, check_choice, run, step, world
+
+VOCAB = 97
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    """Greedy or seeded, with a random few of the sampler's features."""
+    options: dict = {"max_tokens": rng.choice([1, 2, 12, 40, 50]), "n": rng.choice([1, 1, 1, 2, 3])}
+    if rng.random() < 0.5:
+        options["temperature"] = 0.0
+    else:
+        options |= {"temperature": rng.choice([0.3, 1.0, 1.7]), "seed": rng.randrange(-5, 2**63)}
+        options |= rng.choice([{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9}])
+    if rng.random() < 0.3:
+        options |= rng.choice(
+            [
+                {"repetition_penalty": 1.3},
+                {"frequency_penalty": 0.7, "presence_penalty": -0.5},
+                {"logit_bias": {3: 4.0, 96: 2.0, 11: -100.0}},
+                {"allowed_token_ids": tuple(range(10, 60))},
+            ]
+        )
+    if rng.random() < 0.3:
+        options |= {"stop_token_ids": tuple(rng.sample(range(VOCAB), 12)), "min_tokens": rng.choice([0, 1])}
+    if rng.random() < 0.2:
+        options["logprobs"] = 3
+    return SamplingParams(**options)
+
+
+def random_request(rng: random.Random, name: str, stems: list[list[int]]) -> Request:
+    """Half of the prompts share a stem, so that the prefix cache has something to find."""
+    stem = rng.choice(stems) if rng.random() < 0.5 else []
+    tail = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 3, 7, 16, 40, 75]))]
+    return Request(
+        request_id=name,
+        prompt_token_ids=tuple(stem[: rng.randrange(len(stem) + 1)] + tail),
+        params=random_params(rng),
+        end_token_ids=(rng.randrange(VOCAB),),
+        banned_token_ids=tuple(rng.sample(range(VOCAB), 2)) if rng.random() < 0.1 else (),
+        cache_salt=rng.choice(["", "", "tenant"]),
+    )
+
+
+def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
+    """One random day of the engine. Every finished choice is checked against the oracle."""
+    rng = random.Random(seed)
+    engine = w.engine(
+        overlap=overlap,
+        max_num_batched_tokens=rng.choice([5, 16, 33, 48]),
+        max_prefill_rows=rng.choice([1, 4]),
+        decode_steps=rng.choice([1, 2, 3]),
+        num_pages=rng.choice([48, 49, 50, 54, 200]),
+        max_num_seqs=CONFIG.max_num_seqs,
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+    stems = [[rng.randrange(VOCAB) for _ in range(60)] for _ in range(2)]
+    clients, seeds = [], {}
+    to_come = rng.randrange(4, 12)
+    while to_come or step(engine):
+        while to_come and rng.random() < 0.5:
+            to_come -= 1
+            request = random_request(rng, f"{seed}-{to_come}", stems)
+            clients.append(Client.of(request))
+            engine.submit(request, clients[-1])
+            engine._read_inbox(block=False)
+            mine = [s for s in engine.scheduler.sequences() if s.request is request]
+            seeds |= {(request.request_id, s.index): s.seed for s in mine}
+        if clients and rng.random() < 0.02:
+            engine.abort(rng.choice(clients).request.request_id)
+        if to_come:
+            step(engine)
+    assert not engine._live and not engine.scheduler.cache.pool.num_held
+    for client in clients:
+        assert set(client.finished) == set(range(client.request.params.n)), "every choice has one ending"
+        for index, reason in client.finished.items():
+            if reason is not FinishReason.ABORT:
+                check_choice(w, client.request, seeds[client.request.request_id, index], client.tokens[index], reason)
+    return clients
+
+
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
+def test_tokens_equal_naive_forward(block: int, overlap: bool) -> None:
+    w = world()
+    for seed in range(block * 10, block * 10 + 10):
+        run_schedule(w, seed, overlap)
+
+
+def test_schedules_reach_the_hard_cases() -> None:
+    """The net is only as good as what falls into it: preemption, prefix hits and aborts must occur."""
+    w = world()
+    before = w.counters.num_preemptions, w.counters.prefix_hits_tokens
+    endings = [r for seed in range(200, 215) for c in run_schedule(w, seed, True) for r in c.finished.values()]
+    assert w.counters.num_preemptions > before[0] and w.counters.prefix_hits_tokens > before[1]
+    assert {FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT} <= set(endings)
+
+
+def test_the_net_catches_a_wrong_page() -> None:
+    """Let a running sequence's block table name another page once: the tokens must be found wrong."""
+    w = world()
+    engine = w.engine(overlap=False)
+    request = Request(
+        request_id="broken",
+        prompt_token_ids=tuple(range(40)),
+        params=SamplingParams(temperature=0.0, max_tokens=30),
+    )
+    client = Client.of(request)
+    engine.submit(request, client)
+    step(engine)
+    tables = [i for i, a in enumerate(w.runner._slots) if a.shape == (7, 48)][0]
+    slots = list(w.runner._slots)
+    slots[tables] = slots[tables].at[:, 8].set(slots[tables][:, 3])
+    w.runner._slots = slots
+    run(engine)
+    with pytest.raises(AssertionError):
+        check_choice(w, request, 0, client.tokens[0], client.finished[0])

@@ -1,0 +1,184 @@
+"""A tiny model with every kind of layer, its compiled engine, and an oracle that draws tokens by hand.
+
+The oracle knows the sampler's specification and shares no code with it: numpy, sorts, one
+sequence at a time, logits from a naive full forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.executables import NoProgramCache, compile_all
+from engine.loop import Engine
+from engine.model.config import LayerSpec, ModelConfig, Rope
+from engine.model.params import param_specs
+from engine.programs import serving_programs
+from engine.request import FinishReason, Request, SamplingParams, TextDelta
+from engine.runner import Runner
+from engine.sequence import stop_token_ids
+from engine.stats import Counters
+from sharding.params import init_array
+from tests.oracle import naive_logits
+
+ROPE = Rope(tuple(10000.0 ** (-i / 8) for i in range(8)))
+MODEL = ModelConfig(
+    family="test",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    layers=(LayerSpec(ROPE), LayerSpec(ROPE, window=24), LayerSpec(None)),
+    max_position=512,
+    attention_scale=0.7,
+    attention_softcap=8.0,
+    qk_norm="head",
+    tie_embeddings=True,
+)
+CONFIG = EngineConfig(
+    dtype="float32",
+    max_model_len=192,
+    max_num_seqs=6,
+    max_num_batched_tokens=48,
+    max_prefill_rows=4,
+    page_size=4,
+    num_pages=200,
+    decode_steps=3,
+    token_buckets=(16, 48),
+    prefill_decode_buckets=(0, 6),
+    decode_buckets=(2, 6),
+    enable_prefix_caching=True,
+    overlap=True,
+    max_queued_requests=1000,
+    seed=7,
+)
+
+
+@dataclass
+class World:
+    model: ModelConfig
+    params: dict[str, jax.Array]
+    runner: Runner
+    counters: Counters
+
+    def engine(self, **changes: object) -> Engine:
+        """An engine over the shared programs. `changes` may only touch what no program's shape holds."""
+        self.runner.reset()
+        config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+        return Engine(config, self.runner, vocab_size=self.model.vocab_size, counters=self.counters)
+
+
+@cache
+def world() -> World:
+    rng = np.random.default_rng(3)
+    params = {
+        name: jnp.asarray(init_array(spec, rng)) * (4.0 if name == "embed" else 1.0)
+        for name, spec in param_specs(MODEL, jnp.dtype(jnp.float32)).items()
+    }
+    counters = Counters()
+    executables = compile_all(serving_programs(MODEL, CONFIG), NoProgramCache(), lambda phase, progress: None)
+    runner = Runner(MODEL, CONFIG, params, executables, counters)
+    runner.warm_up()
+    return World(MODEL, params, runner, counters)
+
+
+@dataclass
+class Client:
+    """Collects what the engine sends for one request."""
+
+    request: Request
+    tokens: list[list[int]]
+    deltas: list[list[TextDelta]]
+    finished: dict[int, FinishReason]
+
+    @classmethod
+    def of(cls, request: Request) -> Client:
+        n = request.params.n
+        return cls(request, [[] for _ in range(n)], [[] for _ in range(n)], {})
+
+    def __call__(self, deltas: list[TextDelta]) -> None:
+        for delta in deltas:
+            if delta.index in self.finished:
+                raise AssertionError(f"{self.request.request_id}[{delta.index}] got news after its ending")
+            self.tokens[delta.index] += delta.token_ids
+            self.deltas[delta.index].append(delta)
+            if delta.finish_reason is not None:
+                self.finished[delta.index] = delta.finish_reason
+
+
+def step(engine: Engine) -> bool:
+    """Take in what was submitted, run one step of the configured loop, check the books."""
+    engine._read_inbox(block=False)
+    worked = engine.run_once_overlapped() if engine.config.overlap else engine.run_once()
+    engine.scheduler.check()
+    return worked
+
+
+def run(engine: Engine, max_steps: int = 5000) -> None:
+    """Until nothing is left to do."""
+    for _ in range(max_steps):
+        if not step(engine):
+            return
+    raise AssertionError("the engine is still busy")
+
+
+def check_choice(w: World, request: Request, seed: int, tokens: list[int], reason: FinishReason) -> None:
+    """Every token is what the oracle draws after the ones before it, and the ending is right."""
+    prompt, params = list(request.prompt_token_ids), request.params
+    full = prompt + tokens
+    rows = naive_logits(w.model, w.params, full)
+    for i, token in enumerate(tokens):
+        length = len(prompt) + i
+        scores = oracle_scores(rows[length - 1].astype(np.float64), request, seed, full[:length])
+        assert scores[token] >= scores.max() - 1e-3, (request.request_id, i, token, int(scores.argmax()))
+        is_stop = token in stop_token_ids(request) and i >= params.min_tokens
+        assert not is_stop or i == len(tokens) - 1, "tokens after a stop token"
+    if reason is FinishReason.STOP:
+        assert tokens[-1] in stop_token_ids(request)
+    elif reason is FinishReason.LENGTH:
+        assert len(tokens) == params.max_tokens or len(full) == CONFIG.max_model_len
+
+
+def oracle_scores(logits: np.ndarray, request: Request, seed: int, before: list[int]) -> np.ndarray:
+    """What is maximised to draw the token after `before`: processed logits, tempered, filtered, with noise."""
+    params, vocab = request.params, len(logits)
+    x = logits.copy()
+    if params.allowed_token_ids is not None:
+        x[[t for t in range(vocab) if t not in params.allowed_token_ids]] = -np.inf
+    x[list(request.banned_token_ids)] = -np.inf
+    prompt_len = len(request.prompt_token_ids)
+    if len(before) - prompt_len < params.min_tokens:
+        x[list(stop_token_ids(request))] = -np.inf
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    output = before[prompt_len:]
+    for token in set(before):
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    for token in set(output):
+        x[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
+    if params.temperature == 0:
+        return x
+    x = oracle_filter(x / params.temperature, params)
+    words = jnp.asarray([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
+    key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), len(before))
+    return x + np.asarray(jax.random.gumbel(key, (vocab,), jnp.float32), np.float64)
+
+
+def oracle_filter(x: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """min-p, top-k and top-p by sorting."""
+    x = np.where(np.exp(x - x.max()) >= params.min_p, x, -np.inf)
+    order = np.argsort(-x, kind="stable")
+    if params.top_k > 0:
+        x[order[params.top_k :]] = -np.inf
+    if params.top_p < 1:
+        p = np.exp(x - x.max())[order]
+        mass_before = np.cumsum(p) - p
+        x[order[mass_before >= params.top_p * p.sum()]] = -np.inf
+    return x
