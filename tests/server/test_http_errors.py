@@ -199,7 +199,7 @@ async def test_api_key_guards_every_path_but_the_probes(lifecycle: Lifecycle):
             assert (await client.get(path)).status_code == 200
         for path in closed:
             for header in wrong:
-                answer = await client.get(path, headers={"authorization": header.encode()} if header else {})
+                answer = await client.get(path, headers=[(b"authorization", header.encode())])
                 assert envelope(answer, 401, "invalid_api_key")["type"] == "authentication_error"
             host = {"host": "test/health"}  # a path must not come from the Host header
             assert (await client.get(path, headers=host)).status_code == 401

@@ -40,12 +40,14 @@ class Server:
         return self.process.returncode, words
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
 @contextlib.contextmanager
 def server(mode: str, timeout_s: float = 10, port: int | None = None) -> Iterator[Server]:
-    if port is None:
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            port = sock.getsockname()[1]
-    found = Server(mode, port, timeout_s)
+    found = Server(mode, free_port() if port is None else port, timeout_s)
     try:
         yield found
     finally:
