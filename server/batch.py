@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from engine.errors import OctavoError
+from server.local import Answer
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 MAX_LINE_BYTES = 64 * 2**20
@@ -34,18 +35,6 @@ class BatchLine:
     custom_id: str
     url: str
     body: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the API would have answered: an HTTP status and the body, a result or an error envelope."""
-
-    status: int
-    body: dict[str, Any]
-
-    @property
-    def num_output_tokens(self) -> int:
-        return (self.body.get("usage") or {}).get("completion_tokens", 0)
 
 
 def read_lines(path: Path) -> Iterator[BatchLine]:
@@ -184,8 +173,8 @@ class ResultFile:
 def render(line: BatchLine, answer: Answer) -> bytes:
     """A result in OpenAI's format. Ids come from the custom_id, so two equal runs write equal results."""
     digest = hashlib.sha256(line.custom_id.encode()).hexdigest()[:24]
-    failure = answer.body.get("error")
-    error = {"code": failure.get("code") or failure.get("type"), "message": failure.get("message")} if failure else None
+    failure = answer.error
+    error = {"code": failure["code"] or failure["type"], "message": failure["message"]} if failure else None
     response = {"status_code": answer.status, "request_id": f"req_{digest}", "body": answer.body}
     return orjson.dumps(
         {"id": f"batch_req_{digest}", "custom_id": line.custom_id, "response": response, "error": error}

@@ -40,7 +40,10 @@ NO_JAX = {
 MAY_JIT = {"engine.executables", "engine.steps", "engine.runner"}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
 # (module, imported name) -> why it cannot stand at the top of the file.
-LATE_IMPORTS: dict[tuple[str, str], str] = {}
+LATE_IMPORTS: dict[tuple[str, str], str] = {
+    ("engine", "engine.llm"): "loads JAX, which `octavo --help` and the host modules need not wait for",
+    ("engine.model.weights", "engine.model.weights.orbax"): "Orbax costs a second that other formats need not pay",
+}
 
 
 def module_name(path: Path) -> str:

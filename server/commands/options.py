@@ -31,6 +31,7 @@ class BatchOptions:
     input: str = option("", "JSONL file of requests in OpenAI's batch format")
     output: str = option("", "JSONL file of results; if it exists, the run goes on where it ended")
     max_in_flight: int | None = option(None, "requests handed to the engine at once (default: twice max_num_seqs)")
+    served_model_name: str | None = option(None, "name that request bodies use (default: the model's)")
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from server.batch import Answer, BatchError, BatchLine, ResultFile, check_input, read_lines, run_batch
+from server.batch import BatchError, BatchLine, ResultFile, check_input, read_lines, run_batch
+from server.local import Answer
 
 
 def write_input(path: Path, count: int) -> None:
@@ -90,7 +91,8 @@ def test_torn_last_line_is_cut_and_answered_again(tmp_path: Path, cut: int) -> N
 KILLED = """
     import asyncio, sys
     from pathlib import Path
-    from server.batch import Answer, ResultFile, check_input, run_batch
+    from server.batch import ResultFile, check_input, run_batch
+    from server.local import Answer
 
     async def answer(line):
         await asyncio.sleep(0.002)

@@ -1,0 +1,87 @@
+"""`octavo batch`: a file of requests through the engine, with progress, ready to be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.config import EngineOptions
+from server.batch import BatchError, BatchLine, ResultFile, check_input, run_batch
+from server.commands.loading import running_engine
+from server.commands.options import BatchOptions
+from server.lifecycle import EngineHandle
+from server.local import Answer, LocalServer
+
+BUSY_WAIT_S = 0.2  # before a request is offered again to an engine whose queue is full
+
+
+def run(engine_options: EngineOptions, options: BatchOptions) -> int:
+    """Files are checked before the model is loaded: a typing error should not cost a minute."""
+    source = Path(options.input)
+    ids = check_input(source)
+    results = ResultFile(Path(options.output), ids)
+    meter = Meter(len(ids), len(results.done), options)
+    try:
+        if len(results.done) < len(ids):
+            with running_engine(engine_options) as engine:
+                asyncio.run(answer_all(engine, source, results, options, meter))
+    finally:
+        meter.close()
+    return 0
+
+
+async def answer_all(
+    engine: EngineHandle, source: Path, results: ResultFile, options: BatchOptions, meter: Meter
+) -> None:
+    server = LocalServer(engine, options.served_model_name)
+    window = options.max_in_flight or 2 * engine.config.max_num_seqs
+    try:
+        await run_batch(source, results, partial(answer, server, engine), window, meter.count)
+    finally:
+        await results.close()
+
+
+async def answer(server: LocalServer, engine: EngineHandle, line: BatchLine) -> Answer:
+    """What the API answers. Raises BatchError when the engine is gone, which is not the request's fault."""
+    if line.body.get("stream"):
+        error = {"message": "A batch has no streams.", "type": "invalid_request_error"}
+        return Answer(400, {"error": error | {"param": "stream", "code": "unsupported_parameter"}})
+    while True:
+        result = await server.post(line.url, line.body)
+        if result.status == 503:
+            raise BatchError(f"the engine stopped ({engine.failure}); the same command goes on from here")
+        stats = engine.stats()
+        # Its neighbours in the window fill the queue: when they are done it may fit. Alone, it never will.
+        if result.status != 429 or not (stats.num_running or stats.num_waiting):
+            return result
+        await asyncio.sleep(BUSY_WAIT_S)
+
+
+class Meter:
+    """The progress bar (with time left and tokens a second) and the line that sums up."""
+
+    def __init__(self, num_requests: int, num_done: int, options: BatchOptions) -> None:
+        self._bar = tqdm(
+            total=num_requests, initial=num_done, unit="req", disable=not options.progress, dynamic_ncols=True
+        )
+        self._output = options.output
+        self._done, self._refused, self._tokens = num_done, 0, 0
+        self._start_s = time.monotonic()
+
+    def count(self, result: Answer) -> None:
+        self._done += 1
+        self._refused += result.error is not None
+        self._tokens += result.num_output_tokens
+        self._bar.set_postfix_str(f"{self._tokens / (time.monotonic() - self._start_s):.0f} tok/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+        errors = f", {self._refused} of this run with an error" if self._refused else ""
+        more = "; the same command goes on from here" if self._done < self._bar.total else ""
+        print(f"octavo: {self._done} of {self._bar.total} results in {self._output}{errors}{more}", file=sys.stderr)
