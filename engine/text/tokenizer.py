@@ -79,7 +79,7 @@ class Tokenizer:
         backend = self._backend if parse_special else self._verbatim
         try:
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
+        except TypeError:  # how the library refuses a surrogate
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
 

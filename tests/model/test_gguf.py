@@ -118,8 +118,9 @@ def _wide_tensors() -> dict[str, np.ndarray]:
 def _wide_llama(path: Path, kind: Kind, metadata: dict[str, int | str] | None = None, extra: str | None = None) -> Path:
     hf = {"num_attention_heads": 4, "num_key_value_heads": 2}
     writer = gguf.GGUFWriter(path, "llama")
-    counts: dict[str, int | str] = {"block_count": 1, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96,
-              "attention.head_count": 4, "attention.head_count_kv": 2}  # fmt: skip
+    counts: dict[str, int | str] = {"block_count": 1, "context_length": 128, "embedding_length": 64,
+                                    "feed_forward_length": 96, "attention.head_count": 4,
+                                    "attention.head_count_kv": 2}  # fmt: skip
     for key, value in {**counts, **(metadata or {})}.items():
         if isinstance(value, int):
             writer.add_uint32(f"llama.{key}", value)
