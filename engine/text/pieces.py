@@ -41,7 +41,8 @@ class Pieces:
 def build_pieces(vocab: Mapping[str, int], special_ids: frozenset[int], decoder: Mapping[str, Any] | None) -> Pieces:
     """`vocab` holds added tokens too; `decoder` is that entry of tokenizer.json."""
     to_bytes, leading_space = _decoder(decoder)
-    every = {token_id: to_bytes(token) for token, token_id in vocab.items()}
+    in_order = sorted(vocab.items(), key=lambda item: item[1])
+    every = {token_id: to_bytes(token) for token, token_id in in_order}
     plain = {token_id: b"" if token_id in special_ids else piece for token_id, piece in every.items()}
     return Pieces(every, plain, leading_space)
 
