@@ -106,7 +106,8 @@ class Routes:
         if work.body.stream:
             return EventStream(answer)
         try:
-            return _json(await while_connected(request.receive, whole(answer)))
+            body = await while_connected(request.receive, whole(answer))
+            return Response(body, media_type="application/json")
         except Disconnected:
             return Response(status_code=499)  # nobody reads it; the log and the metrics do
         finally:

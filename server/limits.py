@@ -104,20 +104,31 @@ def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """uvicorn's HTTP protocol with a bound on the bytes before a request's headers are complete."""
+def bounded_protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
+    """uvicorn's HTTP protocol with bounds on size and time until a request's headers are complete."""
 
     class BoundedHttp(HttpToolsProtocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._head_bytes: int | None = 0  # None while a body arrives
+            self._head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._start_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
 
         def on_message_begin(self) -> None:
             self._head_bytes = 0
+            self._start_timer()
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._head_bytes = None
+            self._stop_timer()
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
@@ -129,7 +140,20 @@ def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
             if self._head_bytes is None or self.transport.is_closing():
                 return
             self._head_bytes += len(data)
-            if self._head_bytes > max_header_bytes:
+            if self._head_bytes > options.max_header_bytes:
                 self.send_400_response("Request header fields too large.")
+
+        def _start_timer(self) -> None:
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(options.body_timeout_s, self._head_is_late)
+
+        def _stop_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _head_is_late(self) -> None:
+            if not self.transport.is_closing():
+                self.transport.close()
 
     return BoundedHttp

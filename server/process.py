@@ -73,7 +73,7 @@ def run(launch: Launch, options: ServerOptions) -> int:
 def _uvicorn_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=bounded_protocol(options.max_header_bytes),
+        http=bounded_protocol(options),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -13,6 +13,6 @@ def serve(engine_options: EngineOptions, server_options: ServerOptions) -> int:
     """Load a model and serve it until a signal or a failure. Returns the exit code."""
 
     def launch(report: Report) -> EngineHandle:
-        return load_engine(engine_options, report)
+        return load_engine(engine_options, report).start()
 
     return run(launch, server_options)

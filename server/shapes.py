@@ -30,6 +30,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: TextCodec | None) -> None:
         self._tokenizer = tokenizer
+        self._hidden: dict[int, bool] = {}
 
     def raw(self, token_id: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
@@ -48,7 +49,11 @@ class TokenNames:
 
     def hidden(self, token_id: int) -> bool:
         """A special token: it has a spelling, and adds nothing to the text."""
-        return self._tokenizer is not None and not self._tokenizer.decode([token_id], skip_special_tokens=True)
+        if self._tokenizer is None:
+            return True
+        if token_id not in self._hidden:
+            self._hidden[token_id] = not self._tokenizer.decode([token_id], skip_special_tokens=True)
+        return self._hidden[token_id]
 
 
 @dataclass(slots=True)

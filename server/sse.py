@@ -53,14 +53,15 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def whole(answer: Answer) -> Json:
-    """Wait for every choice. Raises `ApiError` when one of them fails."""
+async def whole(answer: Answer) -> bytes:
+    """Wait for every choice; then the JSON of all of them. Raises `ApiError` when one fails."""
     session = answer.session
     choices = [Choice() for _ in range(session.work.num_choices)]
     while not session.done:
         for choice, delta in await session.next(HEARTBEAT_S):
             choices[choice].deltas.append(delta)
-    return answer.whole(choices)
+    # The logprobs of a batch of long prompts are many: their writing must not stop the loop.
+    return await asyncio.to_thread(lambda: orjson.dumps(answer.whole(choices)))
 
 
 async def frames(answer: Answer) -> AsyncIterator[bytes]:

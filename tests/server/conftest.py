@@ -62,7 +62,7 @@ def live(engine: FakeEngine, lifecycle: Lifecycle) -> Iterator[Running]:
 
     async def main() -> None:
         app = build_app(lifecycle, Metrics(lifecycle), OPTIONS)
-        http = bounded_protocol(OPTIONS.max_header_bytes)
+        http = bounded_protocol(OPTIONS)
         config = uvicorn.Config(app, http=http, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
         servers.append(uvicorn.Server(config))
         await servers[0].serve(sockets=[sock])

@@ -269,6 +269,9 @@ def test_oversize_and_broken_requests_on_a_socket(live):
     assert b" 400 " in talk(live.port, head("x-long: " + "y" * 2**17))
     assert b" 400 " in talk(live.port, b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 2**17)  # never ends
     assert b" 408 " in talk(live.port, head("content-length: 50") + b"{")  # and then silence
+    # Slow headers and silent connections are closed, too.
+    assert talk(live.port, *[b"GET / HTTP/1.1\r\n", *[b"x: y\r\n"] * 20], pause_s=0.05) == b""
+    assert talk(live.port) == b""
     assert httpx.get(live.url + "/health").status_code == 200
 
 
