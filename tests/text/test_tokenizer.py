@@ -108,7 +108,7 @@ def test_bad_words(bpe: Tokenizer, spm: Tokenizer) -> None:
     tokens, _, _ = spm_vocab()
     [plain, spaced] = bpe.single_tokens("hello")
     assert (bpe.token_str(plain), bpe.token_str(spaced)) == ("hello", " hello")
-    assert spm.single_tokens("a") == (tokens.index("a"), tokens.index("<0x61>"), tokens.index("▁a"))
+    assert spm.single_tokens("a") == (tokens.index("<0x61>"), tokens.index("a"), tokens.index("▁a"))
     assert spm.single_tokens(" llo") == (tokens.index("llo"),)
     for word in ("hello world", "zzzz", "  "):
         with pytest.raises(InvalidParam, match="bad_words"):
