@@ -39,6 +39,10 @@ NO_JAX = {
 }
 MAY_JIT = {"engine.executables", "engine.steps", "engine.runner"}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
+MAY_READ_ENVIRONMENT = {
+    "engine.config",  # the cache folder
+    "engine.executables",  # XLA's own flags are part of the key of a compiled program
+}
 # (module, imported name) -> why it cannot stand at the top of the file.
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("engine", "engine.llm"): "loads JAX, which `octavo --help` and the host modules need not wait for",
@@ -125,7 +129,7 @@ def no_late_imports(module: str, tree: ast.Module) -> list[str]:
 
 def no_environment(module: str, tree: ast.Module) -> list[str]:
     """Behaviour does not read the environment; the cache folder is the platform's to say."""
-    if module == "engine.config":
+    if module in MAY_READ_ENVIRONMENT:
         return []
     reads = ("environ", "getenv", "putenv")
     return [
