@@ -24,10 +24,10 @@ def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Shapes]:
     return {name: Shapes(spec.shape, spec.dtype) for name, spec in specs.items()}
 
 
-def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[tuple[Shapes, Shapes], ...]:
-    """Abstract KV cache: per layer keys and values [pages, page_size, kv_heads, head_dim]."""
-    page = Shapes((config.num_pages, config.page_size, model.num_kv_heads, model.head_dim), jnp.dtype(config.dtype))
-    return tuple((page, page) for _ in model.layers)
+def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes, ...]:
+    """Abstract KV cache: per layer [pages, page_size, 2 * kv_heads, head_dim]."""
+    shape = (config.num_pages, config.page_size, 2 * model.num_kv_heads, model.head_dim)
+    return (Shapes(shape, jnp.dtype(config.dtype)),) * model.num_layers
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:

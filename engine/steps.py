@@ -25,7 +25,7 @@ from engine.slots import Sampling, Slots, add_pages
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.paged_attention import decode_attention, prefill_attention
 
-KV = tuple[tuple[Array, Array], ...]  # per layer: keys, values [pages, page_size, kv_heads, head_dim]
+KV = tuple[Array, ...]  # per layer [pages, page_size, 2 * kv_heads, head_dim]: a head's key, then its value
 PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
 
 
@@ -180,7 +180,7 @@ def forward(
     prefill: Prefill | None,
 ) -> tuple[KV, Array]:
     """Hidden states [tokens, embed] of decode rows then prefill tokens; their KV is written first."""
-    num_decode, page_size = decode_position.shape[0], kv[0][0].shape[1]
+    num_decode, page_size = decode_position.shape[0], kv[0].shape[1]
     positions = decode_position
     page_ids = jnp.where(decode_active, _page_at(decode_tables, decode_position, page_size), TRASH_PAGE)
     if prefill is not None:
@@ -192,10 +192,8 @@ def forward(
     layers = list(kv)
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        pages = tuple(
-            write_kv(old, new, page_ids, positions % page_size) for old, new in zip(layers[layer], (k, v), strict=True)
-        )
-        layers[layer] = (pages[0], pages[1])
+        pages = write_kv(layers[layer], k, v, page_ids, positions % page_size)
+        layers[layer] = pages
         settings: dict[str, Any] = {
             "scale": config.attention_scale,
             "softcap": config.attention_softcap,
@@ -203,12 +201,12 @@ def forward(
         }
         parts = []
         if num_decode:
-            parts.append(decode_attention(q[:num_decode], *pages, decode_tables, kv_lens, **settings))
+            parts.append(decode_attention(q[:num_decode], pages, decode_tables, kv_lens, **settings))
         if prefill is not None:
             parts.append(
                 prefill_attention(
                     q[num_decode:],
-                    *pages,
+                    pages,
                     prefill.block_tables,
                     prefill.q_start,
                     prefill.q_len,

@@ -1,16 +1,18 @@
-"""Writing new keys or values into their pages, in place when the pages are donated."""
+"""Writing new keys and values into their pages, in place when the pages are donated."""
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import Array
 
 
-def write_kv(pages: Array, new: Array, page_ids: Array, offsets: Array) -> Array:
-    """pages [pages, page_size, kv_heads, head_dim] with new [tokens, kv_heads, head_dim] stored.
+def write_kv(kv_pages: Array, k: Array, v: Array, page_ids: Array, offsets: Array) -> Array:
+    """kv_pages [pages, page_size, 2 * kv_heads, head_dim] with k and v [tokens, kv_heads, head_dim] stored.
 
-    page_ids, offsets: int32 [tokens], in range. Tokens without an owner go to the trash page;
-    several may share a place there, and which one stays is undefined.
+    Each KV head's key is followed by its value. page_ids, offsets: int32 [tokens], in range.
+    Tokens without an owner go to the trash page; which of several stays there is undefined.
     """
-    if new.shape[1:] != pages.shape[2:]:
-        raise ValueError(f"new has heads {new.shape[1:]}, pages have {pages.shape[2:]}")
-    return pages.at[page_ids, offsets].set(new.astype(pages.dtype), mode="promise_in_bounds")
+    if k.shape != v.shape or 2 * k.shape[1] != kv_pages.shape[2] or k.shape[2] != kv_pages.shape[3]:
+        raise ValueError(f"k {k.shape} and v {v.shape} do not fit pages {kv_pages.shape}")
+    combined = jnp.stack([k, v], axis=2).reshape(k.shape[0], *kv_pages.shape[2:])
+    return kv_pages.at[page_ids, offsets].set(combined.astype(kv_pages.dtype), mode="promise_in_bounds")

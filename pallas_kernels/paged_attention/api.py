@@ -1,6 +1,7 @@
 """Attention over a paged KV cache: public functions, their checks, and the choice of implementation.
 
-Common to both: k_pages and v_pages are [pages, page_size, kv_heads, head_dim] in q's dtype;
+Common to both: kv_pages is [pages, page_size, 2 * kv_heads, head_dim] in q's dtype, each KV
+head's key followed by its value (the layout of `write_kv`, and of JAX's own TPU kernel);
 block_tables is int32 [rows, pages_per_seq], entry j holding positions [j * page_size, ...) of
 its row; entries past a row's length must be valid page ids, their content may be anything,
 NaN included. Query head h reads KV head h // (q_heads // kv_heads). Scores are
@@ -16,8 +17,7 @@ from pallas_kernels.paged_attention import reference
 
 def decode_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    kv_pages: Array,
     block_tables: Array,
     kv_lens: Array,
     *,
@@ -29,14 +29,13 @@ def decode_attention(
 
     kv_lens: int32 [rows], keys visible to the row, the query's own included; 0 marks an idle row.
     """
-    _check(q, k_pages, v_pages, block_tables, kv_lens)
-    return reference.decode(q, k_pages, v_pages, block_tables, kv_lens, scale=scale, softcap=softcap, window=window)
+    _check(q, kv_pages, block_tables, kv_lens)
+    return reference.decode(q, kv_pages, block_tables, kv_lens, scale=scale, softcap=softcap, window=window)
 
 
 def prefill_attention(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    kv_pages: Array,
     block_tables: Array,
     q_starts: Array,
     q_lens: Array,
@@ -52,20 +51,18 @@ def prefill_attention(
     rows are ascending and do not overlap; idle rows have q_lens 0 and come last. Keys [0, positions[r] +
     q_lens[r]) must already be in the pages. Tokens of no row come back undefined but finite.
     """
-    _check(q, k_pages, v_pages, block_tables, q_lens)
+    _check(q, kv_pages, block_tables, q_lens)
     return reference.prefill(
-        q, k_pages, v_pages, block_tables, q_starts, q_lens, positions, scale=scale, softcap=softcap, window=window
+        q, kv_pages, block_tables, q_starts, q_lens, positions, scale=scale, softcap=softcap, window=window
     )
 
 
-def _check(q: Array, k_pages: Array, v_pages: Array, block_tables: Array, lens: Array) -> None:
-    if k_pages.shape != v_pages.shape:
-        raise ValueError(f"k_pages {k_pages.shape} and v_pages {v_pages.shape} differ")
+def _check(q: Array, kv_pages: Array, block_tables: Array, lens: Array) -> None:
     q_heads, head_dim = q.shape[1:]
-    kv_heads = k_pages.shape[2]
-    if head_dim != k_pages.shape[3]:
-        raise ValueError(f"q has head_dim {head_dim}, pages have {k_pages.shape[3]}")
-    if q_heads % kv_heads:
-        raise ValueError(f"q_heads {q_heads} must be a multiple of kv_heads {kv_heads}")
+    combined_heads = kv_pages.shape[2]
+    if head_dim != kv_pages.shape[3]:
+        raise ValueError(f"q has head_dim {head_dim}, pages have {kv_pages.shape[3]}")
+    if combined_heads % 2 or q_heads % (combined_heads // 2):
+        raise ValueError(f"q_heads {q_heads} must be a multiple of kv_heads, half of {combined_heads}")
     if block_tables.shape[0] != lens.shape[0]:
         raise ValueError(f"block_tables has {block_tables.shape[0]} rows, lengths {lens.shape[0]}")

@@ -18,8 +18,7 @@ MASKED = -1e30  # finite, so that exp(MASKED - MASKED) is 1 and not NaN; such we
 
 def decode(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    kv_pages: Array,
     block_tables: Array,
     kv_lens: Array,
     *,
@@ -29,7 +28,7 @@ def decode(
 ) -> Array:
     """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
     rows, q_heads, head_dim = q.shape
-    _, page_size, kv_heads, _ = k_pages.shape
+    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
     group = q_heads // kv_heads
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
@@ -44,8 +43,8 @@ def decode(
         pages = jax.lax.dynamic_slice_in_dim(block_tables, i * chunk_pages, chunk_pages, axis=1)
         positions = i * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         seen = (positions >= first_seen[:, None]) & (positions < kv_lens[:, None])
-        k = k_pages[pages].reshape(rows, chunk, kv_heads, head_dim)
-        v = v_pages[pages].reshape(rows, chunk, kv_heads, head_dim)
+        kv = kv_pages[pages].reshape(rows, chunk, kv_heads, 2, head_dim)
+        k, v = kv[:, :, :, 0], kv[:, :, :, 1]
         v = jnp.where(seen[:, :, None, None], v, jnp.zeros((), v.dtype))  # 0 * NaN of a stale page is NaN
         scores = jnp.einsum("rkgd,rckd->rkgc", q, k, precision=_precision(q), preferred_element_type=jnp.float32)
         state, weights = _online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
@@ -60,8 +59,7 @@ def decode(
 
 def prefill(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    kv_pages: Array,
     block_tables: Array,
     q_starts: Array,
     q_lens: Array,
@@ -71,13 +69,13 @@ def prefill(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Array:
-    """Ragged prompts chunks on one token axis. See `api.prefill_attention`.
+    """Ragged prompt chunks on one token axis. See `api.prefill_attention`.
 
     Walks blocks of queries prompt by prompt. A block may reach into the next prompt's
     tokens; what it writes there is overwritten by that prompt's own first block.
     """
     tokens, q_heads, head_dim = q.shape
-    _, page_size, kv_heads, _ = k_pages.shape
+    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
     group = q_heads // kv_heads
     block = min(BLOCK_QUERIES, tokens)
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
@@ -99,8 +97,8 @@ def prefill(
         def turn(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             pages = jax.lax.dynamic_slice_in_dim(table, i * chunk_pages, chunk_pages)
             kv_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            k = k_pages[pages].reshape(chunk, kv_heads, head_dim)
-            v = v_pages[pages].reshape(chunk, kv_heads, head_dim)
+            kv = kv_pages[pages].reshape(chunk, kv_heads, 2, head_dim)
+            k, v = kv[:, :, 0], kv[:, :, 1]
             v = jnp.where((kv_pos < kv_len)[:, None, None], v, jnp.zeros((), v.dtype))
             seen = kv_pos[None, :] <= q_pos[:, None]
             if window:
