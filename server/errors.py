@@ -79,10 +79,9 @@ def to_api_error(error: Exception) -> ApiError:
     """The answer for any exception. What is not meant for users becomes a 500 with a fixed text."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ContextOverflow):
-        return ApiError(400, error.message, param=error.param, code="context_length_exceeded")
     if isinstance(error, InvalidParam):
-        return ApiError(400, f"Invalid '{error.param}': {error.message}", param=error.param, code="invalid_value")
+        code = "context_length_exceeded" if isinstance(error, ContextOverflow) else "invalid_value"
+        return ApiError(400, f"Invalid '{error.param}': {error.message}", param=error.param, code=code)
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, EngineStopped):

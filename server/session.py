@@ -246,7 +246,8 @@ class Session:
             if delta.finish_reason is not None:
                 del self._running[choice]
             self._error = _failure(delta)
-            self._num_cached[delta.request_id] = max(self._num_cached[delta.request_id], delta.num_cached_tokens)
+            if delta.index == 0:  # the other choices of a prompt find what this one computed
+                self._num_cached[delta.request_id] = delta.num_cached_tokens
             if self._error is None:
                 self.num_output_tokens += len(delta.token_ids)
                 events.append(ChoiceDelta(choice, delta))

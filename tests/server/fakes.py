@@ -184,7 +184,8 @@ class FakeEngine:
 
     def _advance(self, row: _Row) -> TextDelta:
         params, prompt = row.request.params, row.request.prompt_token_ids
-        first = TextDelta(request_id=row.request.request_id, index=row.index, num_cached_tokens=len(prompt) // 2)
+        cached = len(prompt) - 1 if row.index else len(prompt) // 2
+        first = TextDelta(request_id=row.request.request_id, index=row.index, num_cached_tokens=cached)
         if row.emitted == 0 and row.index == 0 and params.prompt_logprobs is not None:
             scored = [token_logprobs(t, params.prompt_logprobs) for t in prompt[1:]]
             first = replace(first, prompt_logprobs=(None, *scored))
