@@ -52,7 +52,7 @@ def start_once(command: list[str], port: int) -> Start:
             now_s = time.perf_counter() - start_s
             if status == 200:
                 break
-            phase = (body or {}).get("phase")
+            phase = (body or {}).get("status")
             if phase and phase != seen[-1][0]:
                 seen.append((phase, now_s))
             if child.poll() is not None:
