@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import sys
 
-import xllamacpp
+from xllamacpp.xllamacpp import CommonParams, Server
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--tokens-per-stream", type=int, required=True)
     args = parser.parse_args()
-    params = xllamacpp.CommonParams()
+    params = CommonParams()
     params.model.path = args.model
     params.hostnames = ["127.0.0.1"]
     params.port = 0
@@ -30,7 +30,7 @@ def main() -> None:
     params.cpuparams_batch.n_threads = args.threads
     params.n_gpu_layers = 0
     params.verbosity = 0
-    server = xllamacpp.Server(params)
+    server = Server(params)
     version = importlib.metadata.version("xllamacpp")
     print(json.dumps({"address": server.listening_address, "version": version}), flush=True)
     sys.stdin.read()

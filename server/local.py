@@ -95,7 +95,7 @@ class LocalServer:
         async def receive() -> Message:
             if request:
                 return request.pop()
-            return await asyncio.Event().wait() or {}  # never: the caller leaves by cancelling
+            return await asyncio.get_running_loop().create_future()  # never: the caller leaves by cancelling
 
         try:
             await self._app(scope, receive, sent.put)

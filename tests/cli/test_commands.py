@@ -206,8 +206,7 @@ def test_leaving_a_stream_frees_its_slot(engine: FakeEngine) -> None:
 
     async def leave_early() -> int:
         stream = LocalServer(engine).stream("/v1/completions", {"prompt": "hello", "max_tokens": 1000})
-        task = asyncio.create_task(anext(stream))
-        await task
+        await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]
         await asyncio.sleep(0.1)
         return engine.num_running
