@@ -65,7 +65,7 @@ def resolve(options: EngineOptions, model: ModelConfig, native_dtype: str, devic
         num_pages=2,
         decode_steps=options.decode_steps or defaults.decode_steps,
         token_buckets=_ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
-        prefill_decode_buckets=(0, *_ladder(max(seqs // 4, 1), seqs, 4)),
+        prefill_decode_buckets=(0, seqs),
         decode_buckets=_ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
         enable_prefix_caching=options.enable_prefix_caching,
         overlap=options.overlap,

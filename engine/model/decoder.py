@@ -86,19 +86,28 @@ def _attention(
     qkv = einsum("te,ekgd->tkgd", x, weights["qkv"])
     if config.qkv_bias:
         qkv = qkv + weights["qkv_bias"][None]
-    q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
-    if config.qk_norm == "head":
-        q = rms_norm(q, weights["q_norm"], config.norm_eps)
-        k = rms_norm(k, weights["k_norm"], config.norm_eps)
-    elif config.qk_norm == "full":
-        q = rms_norm(q, weights["q_norm"], config.norm_eps, num_axes=3)
-        k = rms_norm(k, weights["k_norm"], config.norm_eps, num_axes=2)
+    qk, v = qkv[:, :, : group + 1], qkv[:, :, group + 1]
+    qk = QK_NORMS[config.qk_norm](config, qk, weights)
     if rope is not None:
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        qk = apply_rope(qk, *rope)
+    q, k = qk[:, :, :group], qk[:, :, group]
     out = attend(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
     out = out.reshape(tokens, config.num_kv_heads, group, config.head_dim)
     out = einsum("tkgd,kgde->te", out, weights["o"])
     return out + weights["o_bias"][None] if config.output_bias else out
+
+
+def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:
+    """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
+    query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
+    return rms_norm(qk, jnp.concatenate([query, weights["k_norm"][None]]), config.norm_eps)
+
+
+def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
+    """RMS over all query heads together, and over all keys together."""
+    q = rms_norm(qk[:, :, :-1], weights["q_norm"], config.norm_eps, num_axes=3)
+    k = rms_norm(qk[:, :, -1], weights["k_norm"], config.norm_eps, num_axes=2)
+    return jnp.concatenate([q, k[:, :, None]], axis=2)
 
 
 def _gated(config: ModelConfig, x: Array, weights: Params) -> Array:
@@ -106,4 +115,5 @@ def _gated(config: ModelConfig, x: Array, weights: Params) -> Array:
 
 
 MIXERS = {"attention": _attention}
+QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}
 FFNS = {"gated": _gated}

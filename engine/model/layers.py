@@ -39,20 +39,21 @@ def rms_norm(x: Array, weight: Array, eps: float, num_axes: int = 1) -> Array:
 
 
 def rope_cos_sin(rope: Rope, positions: Array) -> tuple[Array, Array]:
-    """cos and sin, float32 [tokens, rotated / 2], of position * inv_freq (arXiv 2104.09864)."""
+    """cos and sin, float32 [tokens, rotated], of position * inv_freq, once for each half (arXiv 2104.09864)."""
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)[None, :]
+    angles = jnp.concatenate([angles, angles], axis=1)
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate [tokens, ..., head_dim] in the halves layout; dimensions past 2 * half are kept."""
-    half = cos.shape[-1]
-    middle = (1,) * (x.ndim - 2)
-    cos, sin = (a.reshape(a.shape[0], *middle, half) for a in (cos, sin))
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(a.astype(x.dtype) for a in rotated), rest], axis=-1)
+    """Rotate [tokens, ..., head_dim] in the halves layout; dimensions past those of cos are kept."""
+    rotated = cos.shape[-1]
+    half = rotated // 2
+    shape = (cos.shape[0], *(1,) * (x.ndim - 2), rotated)
+    wide = x[..., :rotated].astype(jnp.float32)
+    swapped = jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
+    out = (wide * cos.reshape(shape) + swapped * sin.reshape(shape)).astype(x.dtype)
+    return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
 def gated_mlp(x: Array, weights: Params, activation: str) -> Array:

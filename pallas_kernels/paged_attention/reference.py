@@ -13,6 +13,7 @@ from jax import Array
 
 CHUNK_TOKENS = 128  # keys a loop turn sees
 BLOCK_QUERIES = 128  # queries of one prompt that share a loop
+State = tuple[Array, Array, Array]  # float32: highest score, sum of weights, weighted values
 MASKED = -1e30  # finite, so that exp(MASKED - MASKED) is 1 and not NaN; such weights are zeroed
 
 
@@ -33,25 +34,22 @@ def decode(
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
     block_tables = _pad_columns(block_tables, chunk_pages)
-    q = q.reshape(rows, kv_heads, group, head_dim)
+    queries = q.astype(jnp.float32).reshape(rows, kv_heads, group, head_dim)
     first_seen = jnp.maximum(kv_lens - window, 0) if window else jnp.zeros_like(kv_lens)
     # An idle row (kv_len 0) must not drag the loop to the start of the windowed rows' past.
     first = jnp.min(jnp.where(kv_lens > 0, first_seen, jnp.max(kv_lens))) // chunk
     last = -(-jnp.max(kv_lens) // chunk)
 
-    def turn(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def turn(i: Array, state: State) -> State:
         pages = jax.lax.dynamic_slice_in_dim(block_tables, i * chunk_pages, chunk_pages, axis=1)
         positions = i * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         seen = (positions >= first_seen[:, None]) & (positions < kv_lens[:, None])
-        kv = kv_pages[pages].reshape(rows, chunk, kv_heads, 2, head_dim)
-        k, v = kv[:, :, :, 0], kv[:, :, :, 1]
-        v = jnp.where(seen[:, :, None, None], v, jnp.zeros((), v.dtype))  # 0 * NaN of a stale page is NaN
-        scores = jnp.einsum("rkgd,rckd->rkgc", q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+        kv = kv_pages[pages].astype(jnp.float32).reshape(rows, chunk, kv_heads, 2, head_dim)
+        kv = jnp.transpose(kv, (0, 2, 3, 1, 4))  # heads first, so that both products run on whole matrices
+        v = jnp.where(seen[:, None, :, None], kv[:, :, 1], 0.0)  # 0 * NaN of a stale page is NaN
+        scores = _product("rkgd,rkcd->rkgc", queries, kv[:, :, 0])
         state, weights = _online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
-        update = jnp.einsum(
-            "rkgc,rckd->rkgd", weights.astype(v.dtype), v, precision=_precision(q), preferred_element_type=jnp.float32
-        )
-        return state[0], state[1], state[2] + update
+        return state[0], state[1], state[2] + _product("rkgc,rkcd->rkgd", weights, v)
 
     state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), head_dim))
     return _finish(state).astype(q.dtype).reshape(rows, q_heads, head_dim)
@@ -81,53 +79,46 @@ def prefill(
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
     block_tables = _pad_columns(block_tables, chunk_pages)
-    q = jnp.pad(q.reshape(tokens, kv_heads, group, head_dim), ((0, block), (0, 0), (0, 0), (0, 0)))
-    blocks_before = jnp.cumsum(-(-q_lens // block)) - (-(-q_lens // block))
-    num_blocks = jnp.sum(-(-q_lens // block))
+    padded = jnp.pad(q.reshape(tokens, kv_heads, group, head_dim), ((0, block), (0, 0), (0, 0), (0, 0)))
+    num_blocks = -(-q_lens // block)  # of each row
+    blocks_before = jnp.cumsum(num_blocks) - num_blocks
 
     def one_block(b: Array, out: Array) -> Array:
-        row = jnp.sum(b >= blocks_before) - 1  # idle rows are last: they start at num_blocks
+        row = jnp.sum(b >= blocks_before) - 1  # idle rows are last: their blocks start past the end
         offset = (b - blocks_before[row]) * block
         start = q_starts[row] + offset
-        q_block = jax.lax.dynamic_slice_in_dim(q, start, block, axis=0)
-        q_pos = positions[row] + offset + jnp.arange(block, dtype=jnp.int32)
+        queries = jax.lax.dynamic_slice_in_dim(padded, start, block, axis=0).astype(jnp.float32)
+        queries = jnp.transpose(queries, (1, 2, 0, 3)).reshape(kv_heads, group * block, head_dim)
+        q_pos = jnp.tile(positions[row] + offset + jnp.arange(block, dtype=jnp.int32), group)
         kv_len = positions[row] + jnp.minimum(offset + block, q_lens[row])
         table = jax.lax.dynamic_index_in_dim(block_tables, row, axis=0, keepdims=False)
 
-        def turn(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def turn(i: Array, state: State) -> State:
             pages = jax.lax.dynamic_slice_in_dim(table, i * chunk_pages, chunk_pages)
             kv_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            kv = kv_pages[pages].reshape(chunk, kv_heads, 2, head_dim)
-            k, v = kv[:, :, 0], kv[:, :, 1]
-            v = jnp.where((kv_pos < kv_len)[:, None, None], v, jnp.zeros((), v.dtype))
+            kv = kv_pages[pages].astype(jnp.float32).reshape(chunk, kv_heads, 2, head_dim)
+            kv = jnp.transpose(kv, (1, 2, 0, 3))
+            v = jnp.where((kv_pos < kv_len)[None, :, None], kv[:, 1], 0.0)
             seen = kv_pos[None, :] <= q_pos[:, None]
             if window:
                 seen &= kv_pos[None, :] > q_pos[:, None] - window
-            scores = jnp.einsum(
-                "qkgd,ckd->kgqc", q_block, k, precision=_precision(q), preferred_element_type=jnp.float32
-            )
-            state, weights = _online_softmax(state, scores, seen[None, None], scale, softcap)
-            update = jnp.einsum(
-                "kgqc,ckd->kgqd",
-                weights.astype(v.dtype),
-                v,
-                precision=_precision(q),
-                preferred_element_type=jnp.float32,
-            )
-            return state[0], state[1], state[2] + update
+            scores = _product("kqd,kcd->kqc", queries, kv[:, 0])
+            state, weights = _online_softmax(state, scores, seen[None], scale, softcap)
+            return state[0], state[1], state[2] + _product("kqc,kcd->kqd", weights, v)
 
         first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
-        state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, _initial_state((kv_heads, group, block), head_dim))
-        result = jnp.transpose(_finish(state), (2, 0, 1, 3)).astype(out.dtype)
+        state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, _initial_state((kv_heads, group * block), head_dim))
+        result = _finish(state).reshape(kv_heads, group, block, head_dim)
+        result = jnp.transpose(result, (2, 0, 1, 3)).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
 
-    out = jax.lax.fori_loop(0, num_blocks, one_block, jnp.zeros_like(q))
+    out = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, jnp.zeros_like(padded))
     return out[:tokens].reshape(tokens, q_heads, head_dim)
 
 
 def _online_softmax(
-    state: tuple[Array, Array, Array], scores: Array, seen: Array, scale: float, softcap: float | None
-) -> tuple[tuple[Array, Array, Array], Array]:
+    state: State, scores: Array, seen: Array, scale: float, softcap: float | None
+) -> tuple[State, Array]:
     """Fold one chunk of raw scores into (max, sum, weighted values); returns its weights too."""
     top, total, acc = state
     scores = scores * scale
@@ -140,7 +131,7 @@ def _online_softmax(
     return (new_top, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None]), weights
 
 
-def _initial_state(shape: tuple[int, ...], head_dim: int) -> tuple[Array, Array, Array]:
+def _initial_state(shape: tuple[int, ...], head_dim: int) -> State:
     return (
         jnp.full(shape, MASKED, jnp.float32),
         jnp.zeros(shape, jnp.float32),
@@ -148,7 +139,7 @@ def _initial_state(shape: tuple[int, ...], head_dim: int) -> tuple[Array, Array,
     )
 
 
-def _finish(state: tuple[Array, Array, Array]) -> Array:
+def _finish(state: State) -> Array:
     _, total, acc = state
     return acc / jnp.where(total == 0.0, 1.0, total)[..., None]  # a row that sees nothing yields 0
 
@@ -157,5 +148,5 @@ def _pad_columns(block_tables: Array, multiple: int) -> Array:
     return jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % multiple)))
 
 
-def _precision(q: Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
