@@ -98,7 +98,7 @@ def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) ->
         nonlocal loaded
         loaded += 1
         report("load weights", loaded / len(specs))
-        return jax.device_put(array)
+        return jax.device_put(array.reshape(specs[name].device_shape))
 
     params = checkpoint.load(specs, put)
     jax.block_until_ready(params)

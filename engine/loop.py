@@ -114,7 +114,7 @@ class Engine:
             self._settle()
             try:
                 done.put((function(), None))
-            except Exception as error:  # handed to the caller, whose function it is
+            except Exception as error:  # noqa: BLE001 - handed to the caller, whose function it is
                 done.put((None, error))
 
         self._inbox.put(run)
@@ -230,7 +230,7 @@ class Engine:
             "bad_words": request.banned_token_ids,
         }
         for name, ids in named.items():
-            if ids and not (0 <= min(ids) and max(ids) <= last):
+            if ids and not (min(ids) >= 0 and max(ids) <= last):
                 raise InvalidParam(name, f"token ids must be between 0 and {last}")
         if len(stop_token_ids(request)) > MAX_STOP_IDS:
             raise InvalidParam("stop_token_ids", f"at most {MAX_STOP_IDS} with the model's own end tokens")

@@ -21,7 +21,7 @@ Shapes = jax.ShapeDtypeStruct
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Shapes]:
     """Abstract parameters in the engine's dtype."""
     specs = param_specs(model, jnp.dtype(config.dtype))
-    return {name: Shapes(spec.shape, spec.dtype) for name, spec in specs.items()}
+    return {name: Shapes(spec.device_shape, spec.dtype) for name, spec in specs.items()}
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes, ...]:

@@ -212,7 +212,7 @@ def forward(
                     prefill.q_len,
                     prefill.position,
                     **settings,
-                )  # fmt: skip
+                )
             )
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 

@@ -21,6 +21,8 @@ class ParamSpec:
 
     `axes` names each dimension ("vocab", "embed", "kv_heads", "head_dim", "mlp", None ...).
     `init` fills random checkpoints; "normal" has standard deviation 1/sqrt(fan_in).
+    `rows`: on the device the array is a matrix, its first `rows` dimensions merged and the rest
+    merged. Small trailing dimensions would be padded to whole tiles there, several times their size.
     """
 
     shape: tuple[int, ...]
@@ -28,10 +30,18 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     init: Init = "normal"
     fan_in: int = 1
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"shape {self.shape} has {len(self.shape)} dimensions, axes name {self.axes}")
+
+    @property
+    def device_shape(self) -> tuple[int, ...]:
+        """Shape of the array on the device; the order of the elements is the same."""
+        if self.rows is None:
+            return self.shape
+        return math.prod(self.shape[: self.rows]), math.prod(self.shape[self.rows :])
 
     @property
     def num_bytes(self) -> int:

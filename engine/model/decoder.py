@@ -17,12 +17,13 @@ from engine.model.config import ModelConfig
 from engine.model.layers import (
     Params,
     apply_rope,
-    einsum,
     gated_mlp,
+    linear,
     rms_norm,
     rope_cos_sin,
     softcap,
 )
+from engine.model.params import mlp_block
 
 # attend(layer, q[tokens, q_heads, head_dim], k[tokens, kv_heads, head_dim], v like k) -> like q
 Attend = Callable[[int, Array, Array, Array], Array]
@@ -83,17 +84,17 @@ def _attention(
 ) -> Array:
     """Grouped-query attention: project, norm, rotate, attend, project back."""
     tokens, group = x.shape[0], config.q_per_kv
-    qkv = einsum("te,ekgd->tkgd", x, weights["qkv"])
+    qkv = linear(x, weights["qkv"])
     if config.qkv_bias:
-        qkv = qkv + weights["qkv_bias"][None]
+        qkv = qkv + weights["qkv_bias"].reshape(1, -1)
+    qkv = qkv.reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
     qk, v = qkv[:, :, : group + 1], qkv[:, :, group + 1]
     qk = QK_NORMS[config.qk_norm](config, qk, weights)
     if rope is not None:
         qk = apply_rope(qk, *rope)
     q, k = qk[:, :, :group], qk[:, :, group]
     out = attend(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
-    out = out.reshape(tokens, config.num_kv_heads, group, config.head_dim)
-    out = einsum("tkgd,kgde->te", out, weights["o"])
+    out = linear(out.reshape(tokens, -1), weights["o"])
     return out + weights["o_bias"][None] if config.output_bias else out
 
 
@@ -111,7 +112,7 @@ def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
 
 
 def _gated(config: ModelConfig, x: Array, weights: Params) -> Array:
-    return gated_mlp(x, weights, config.activation)
+    return gated_mlp(x, weights, config.activation, mlp_block(config))
 
 
 MIXERS = {"attention": _attention}

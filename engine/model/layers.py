@@ -23,11 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def einsum(equation: str, x: Array, weight: Array) -> Array:
-    """Contraction accumulated in float32, returned in x's dtype. float32 inputs lose no bits."""
+def linear(x: Array, weight: Array) -> Array:
+    """x [tokens, in] times weight [in, out] (or a shape that flattens to it), accumulated in float32."""
+    weight = weight.reshape(x.shape[1], -1)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
+    return jnp.dot(x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, eps: float, num_axes: int = 1) -> Array:
@@ -56,13 +56,14 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
-def gated_mlp(x: Array, weights: Params, activation: str) -> Array:
-    """down(act(gate(x)) * up(x)); x is [tokens, embed]."""
-    gate_up = einsum("te,ecf->tcf", x, weights["gate_up"])
+def gated_mlp(x: Array, weights: Params, activation: str, block: int) -> Array:
+    """down(act(gate(x)) * up(x)); x is [tokens, embed]; gate and up stand in turns of `block` columns."""
+    gate_up = linear(x, weights["gate_up"])
     if "gate_up_bias" in weights:
-        gate_up = gate_up + weights["gate_up_bias"][None]
-    gate = ACTIVATIONS[activation](gate_up[:, 0].astype(jnp.float32)).astype(x.dtype)
-    out = einsum("tf,fe->te", gate * gate_up[:, 1], weights["down"])
+        gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
+    gate_up = gate_up.reshape(x.shape[0], -1, 2, block)
+    gate = ACTIVATIONS[activation](gate_up[:, :, 0].astype(jnp.float32)).astype(x.dtype)
+    out = linear((gate * gate_up[:, :, 1]).reshape(x.shape[0], -1), weights["down"])
     return out + weights["down_bias"][None] if "down_bias" in weights else out
 
 

@@ -6,11 +6,15 @@ Norm weights are float32 and are stored as what multiplies (Gemma's 1 + w is fol
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
 from engine.model.config import ModelConfig
 from sharding.params import ParamSpec
+
+LANES = 128  # of a TPU's vector registers
 
 
 def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
@@ -18,7 +22,8 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
 
     qkv is grouped by KV head so that it is cut along kv_heads alone:
     [embed, kv_heads, q_per_kv + 2, head_dim] holds, per KV head, its query heads, key, value.
-    Query head h belongs to KV head h // q_per_kv. gate_up is [embed, 2, mlp]: gate, then up.
+    Query head h belongs to KV head h // q_per_kv. gate_up is [embed, mlp_blocks, 2, block]: gate
+    and up in turns of a lane tile, so that it is cut along mlp alone.
     embed and lm_head are [vocab, embed]; lm_head exists only when not tied.
     """
     dtype = jnp.dtype(dtype)
@@ -33,6 +38,11 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     return specs
 
 
+def mlp_block(config: ModelConfig) -> int:
+    """Columns of gate that stand together in gate_up, before as many of up."""
+    return math.gcd(config.intermediate_size, LANES)
+
+
 def _norm(*shape: int, axes: tuple[str | None, ...] = ("embed",)) -> ParamSpec:
     return ParamSpec(shape, jnp.dtype(jnp.float32), axes, init="ones")
 
@@ -44,7 +54,7 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     if config.norm_place in ("pre", "sandwich"):
         specs["attn_norm"] = _norm(hidden)
     specs["qkv"] = ParamSpec(
-        (hidden, kv, group + 2, head), dtype, ("embed", "kv_heads", None, "head_dim"), fan_in=hidden
+        (hidden, kv, group + 2, head), dtype, ("embed", "kv_heads", None, "head_dim"), fan_in=hidden, rows=1
     )
     if config.qkv_bias:
         specs["qkv_bias"] = ParamSpec((kv, group + 2, head), dtype, ("kv_heads", None, "head_dim"), init="zeros")
@@ -55,7 +65,7 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         specs["q_norm"] = _norm(kv, group, head, axes=("kv_heads", None, "head_dim"))
         specs["k_norm"] = _norm(kv, head, axes=("kv_heads", "head_dim"))
     specs["o"] = ParamSpec(
-        (kv, group, head, hidden), dtype, ("kv_heads", None, "head_dim", "embed"), fan_in=kv * group * head
+        (kv, group, head, hidden), dtype, ("kv_heads", None, "head_dim", "embed"), fan_in=kv * group * head, rows=3
     )
     if config.output_bias:
         specs["o_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
@@ -63,10 +73,11 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         specs["attn_post_norm"] = _norm(hidden)
     if config.norm_place in ("pre", "sandwich"):
         specs["mlp_norm"] = _norm(hidden)
-    specs["gate_up"] = ParamSpec((hidden, 2, mlp), dtype, ("embed", None, "mlp"), fan_in=hidden)
+    blocks, block = mlp // mlp_block(config), mlp_block(config)
+    specs["gate_up"] = ParamSpec((hidden, blocks, 2, block), dtype, ("embed", "mlp", None, None), fan_in=hidden, rows=1)
     specs["down"] = ParamSpec((mlp, hidden), dtype, ("mlp", "embed"), fan_in=mlp)
     if config.mlp_bias:
-        specs["gate_up_bias"] = ParamSpec((2, mlp), dtype, (None, "mlp"), init="zeros")
+        specs["gate_up_bias"] = ParamSpec((blocks, 2, block), dtype, ("mlp", None, None), init="zeros")
         specs["down_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
     if config.norm_place in ("post", "sandwich"):
         specs["mlp_post_norm"] = _norm(hidden)

@@ -121,7 +121,7 @@ def test_the_net_catches_a_wrong_page() -> None:
     client = Client.of(request)
     engine.submit(request, client)
     step(engine)
-    tables = [i for i, a in enumerate(w.runner._slots) if a.shape == (7, 48)][0]
+    tables = next(i for i, a in enumerate(w.runner._slots) if a.shape == (7, 48))
     slots = list(w.runner._slots)
     slots[tables] = slots[tables].at[:, 8].set(slots[tables][:, 3])
     w.runner._slots = slots

@@ -79,7 +79,7 @@ class World:
 def world() -> World:
     rng = np.random.default_rng(3)
     params = {
-        name: jnp.asarray(init_array(spec, rng)) * (4.0 if name == "embed" else 1.0)
+        name: jnp.asarray(init_array(spec, rng).reshape(spec.device_shape)) * (4.0 if name == "embed" else 1.0)
         for name, spec in param_specs(MODEL, jnp.dtype(jnp.float32)).items()
     }
     counters = Counters()

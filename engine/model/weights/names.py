@@ -78,13 +78,13 @@ def _v(array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array[:, :, -1], 0, -1) if array.ndim == 4 else array[:, -1]
 
 
-# gate_up [embed, 2, mlp]; its bias has no embed axis.
+# gate_up [embed, blocks, 2, block]; its bias has no embed axis.
 def _gate(array: np.ndarray) -> np.ndarray:
-    return array[:, 0].T if array.ndim == 3 else array[0]
+    return np.moveaxis(array[:, :, 0], 0, -1) if array.ndim == 4 else array[:, 0]
 
 
 def _up(array: np.ndarray) -> np.ndarray:
-    return array[:, 1].T if array.ndim == 3 else array[1]
+    return np.moveaxis(array[:, :, 1], 0, -1) if array.ndim == 4 else array[:, 1]
 
 
 Row = tuple[tuple[str, tuple[View, ...]], ...]
