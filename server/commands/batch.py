@@ -25,13 +25,15 @@ def run(engine_options: EngineOptions, options: BatchOptions) -> int:
     source = Path(options.input)
     ids = check_input(source)
     results = ResultFile(Path(options.output), ids)
-    meter = Meter(len(ids), len(results.done), options)
-    try:
-        if len(results.done) < len(ids):
-            with running_engine(engine_options) as engine:
-                asyncio.run(answer_all(engine, source, results, options, meter))
-    finally:
-        meter.close()
+    if len(results.done) == len(ids):
+        Meter(len(ids), len(ids), options).close()
+        return 0
+    with running_engine(engine_options) as engine:
+        meter = Meter(len(ids), len(results.done), options)  # its clock starts when the model is loaded
+        try:
+            asyncio.run(answer_all(engine, source, results, options, meter))
+        finally:
+            meter.close()
     return 0
 
 
