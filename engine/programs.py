@@ -25,8 +25,8 @@ def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Shapes]:
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes, ...]:
-    """Abstract KV cache: per layer [pages, page_size, 2 * kv_heads, head_dim]."""
-    shape = (config.num_pages, config.page_size, 2 * model.num_kv_heads, model.head_dim)
+    """Abstract KV cache: per layer [pages, page_size, 2 * kv_heads * head_dim]."""
+    shape = (config.num_pages, config.page_size, 2 * model.num_kv_heads * model.head_dim)
     return (Shapes(shape, jnp.dtype(config.dtype)),) * model.num_layers
 
 

@@ -25,7 +25,7 @@ from engine.slots import Sampling, Slots, add_pages
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.paged_attention import decode_attention, prefill_attention
 
-KV = tuple[Array, ...]  # per layer [pages, page_size, 2 * kv_heads, head_dim]: a head's key, then its value
+KV = tuple[Array, ...]  # per layer [pages, page_size, 2 * kv_heads * head_dim]: a head's key, then its value
 PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
 
 

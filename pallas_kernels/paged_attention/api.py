@@ -1,7 +1,7 @@
 """Attention over a paged KV cache: public functions, their checks, and the choice of implementation.
 
-Common to both: kv_pages is [pages, page_size, 2 * kv_heads, head_dim] in q's dtype, each KV
-head's key followed by its value (the layout of `write_kv`, and of JAX's own TPU kernel);
+Common to both: kv_pages is [pages, page_size, 2 * kv_heads * head_dim] in q's dtype, each KV
+head's key followed by its value (see `write_kv`);
 block_tables is int32 [rows, pages_per_seq], entry j holding positions [j * page_size, ...) of
 its row; entries past a row's length must be valid page ids, their content may be anything,
 NaN included. Query head h reads KV head h // (q_heads // kv_heads). Scores are
@@ -59,10 +59,10 @@ def prefill_attention(
 
 def _check(q: Array, kv_pages: Array, block_tables: Array, lens: Array) -> None:
     q_heads, head_dim = q.shape[1:]
-    combined_heads = kv_pages.shape[2]
-    if head_dim != kv_pages.shape[3]:
-        raise ValueError(f"q has head_dim {head_dim}, pages have {kv_pages.shape[3]}")
-    if combined_heads % 2 or q_heads % (combined_heads // 2):
-        raise ValueError(f"q_heads {q_heads} must be a multiple of kv_heads, half of {combined_heads}")
+    width = kv_pages.shape[2]
+    if width % (2 * head_dim):
+        raise ValueError(f"pages are {width} wide, not a multiple of a key and a value of head_dim {head_dim}")
+    if q_heads % (width // (2 * head_dim)):
+        raise ValueError(f"q_heads {q_heads} must be a multiple of kv_heads {width // (2 * head_dim)}")
     if block_tables.shape[0] != lens.shape[0]:
         raise ValueError(f"block_tables has {block_tables.shape[0]} rows, lengths {lens.shape[0]}")

@@ -29,7 +29,7 @@ def decode(
 ) -> Array:
     """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
     rows, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
+    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // (2 * head_dim)
     group = q_heads // kv_heads
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
@@ -73,7 +73,7 @@ def prefill(
     tokens; what it writes there is overwritten by that prompt's own first block.
     """
     tokens, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
+    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // (2 * head_dim)
     group = q_heads // kv_heads
     block = min(BLOCK_QUERIES, tokens)
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
