@@ -5,8 +5,9 @@
 Cold means: no compiled program on disk (a fresh cache folder; the model file is already here,
 as downloading measures the network). Warm means: the same command again with that folder. Each
 is done several times and the median is reported. Start-up is paid by whoever waits for a
-replica, so its phases, as `/ready` tells them, are timed too, and the peak memory up to ready
-(weights should be held once). One request is answered after ready and its text checked.
+replica, so its phases, as `/ready` tells them, are timed too. Peak memory is told up to the end
+of loading (weights should be held once) and up to ready (compiling takes more). One request is
+answered after ready and its text checked.
 
 Writes benchmarks/results/<date>-<backend>-startup.json; the last line on stdout is the same JSON.
 """
@@ -39,6 +40,7 @@ class Start:
 
     ready_s: float
     phases_s: dict[str, float]
+    loading_rss_mib: float | None  # peak until the weights were loaded; compiling takes more
     peak_rss_mib: float | None
     first_answer_s: float  # a request right after ready, 1 token
 
@@ -47,6 +49,7 @@ def start_once(command: list[str], port: int) -> Start:
     start_s = time.perf_counter()
     with engines.process(command, stdout=subprocess.DEVNULL) as child:
         seen: list[tuple[str, float]] = [("process", 0.0)]
+        loading = None
         while True:
             status, body = engines.get_json(f"http://127.0.0.1:{port}/ready")
             now_s = time.perf_counter() - start_s
@@ -55,6 +58,8 @@ def start_once(command: list[str], port: int) -> Start:
             phase = (body or {}).get("status")
             if phase and phase != seen[-1][0]:
                 seen.append((phase, now_s))
+            if phase == "load weights":
+                loading = _peak_rss_mib(child.pid)
             if child.poll() is not None:
                 raise LoadError(f"octavo serve ended with exit code {child.returncode}")
             if now_s > TIMEOUT_S:
@@ -67,7 +72,7 @@ def start_once(command: list[str], port: int) -> Start:
         if answer.text != " Paris":
             raise LoadError(f"the first answer is {answer.text!r}, not ' Paris'")
     phases = {name: round(end - begin, 2) for (name, begin), (_, end) in itertools.pairwise(seen)}
-    return Start(now_s, phases, peak, answer.end_s - answer.start_s)
+    return Start(now_s, phases, loading, peak, answer.end_s - answer.start_s)
 
 
 def _peak_rss_mib(pid: int) -> float | None:
@@ -85,6 +90,7 @@ def summary(starts: list[Start]) -> dict[str, object]:
         "ready_s": round(statistics.median(s.ready_s for s in starts), 2),
         "ready_s_all": [round(s.ready_s, 2) for s in starts],
         "phases_s": middle.phases_s,
+        "loading_rss_mib": max((s.loading_rss_mib for s in starts if s.loading_rss_mib is not None), default=None),
         "peak_rss_mib": max(peaks, default=None),
         "first_answer_ms": round(1000 * statistics.median(s.first_answer_s for s in starts), 1),
     }
@@ -105,8 +111,8 @@ def main() -> int:
                 command = [sys.executable, "-m", "server.cli", "serve", str(model), "--cache-dir", cache]
                 kind.append(start_once([*command, "--port", str(port), *args.serve_args], port))
     found = {"cold": summary(cold), "warm": summary(warm)}
-    rows = [[kind, f["ready_s"], f["peak_rss_mib"], f["first_answer_ms"], f["phases_s"]] for kind, f in found.items()]
-    print(report.table(("start", "ready s", "peak RSS MiB", "first answer ms", "phases s"), rows))
+    columns = ("ready_s", "loading_rss_mib", "peak_rss_mib", "first_answer_ms", "phases_s")
+    print(report.table(("start", *columns), [[kind, *(f[name] for name in columns)] for kind, f in found.items()]))
     versions = report.versions("octavo", "jax", "jaxlib")
     weights_mib = round(model.stat().st_size / 2**20, 1)
     shape = {"model": DEFAULT_MODEL, "file_mib": weights_mib, "repeats": args.repeats, "versions": versions}

@@ -40,12 +40,13 @@ class BatchLine:
 def read_lines(path: Path) -> Iterator[BatchLine]:
     """The requests in order, blank lines skipped. Raises BatchError at the first that is none."""
     try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    yield _parse(raw, f"{path} line {number}")
+        file = path.open("rb")
     except OSError as error:
         raise BatchError(f"{path}: {error.strerror}") from error
+    with file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield _parse(raw, f"{path} line {number}")
 
 
 def _parse(raw: bytes, place: str) -> BatchLine:

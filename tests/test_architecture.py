@@ -41,6 +41,7 @@ MAY_JIT = {"engine.executables", "engine.steps", "engine.runner"}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
 MAY_READ_ENVIRONMENT = {
     "engine.config",  # the cache folder
+    "sharding.topology",  # libtpu takes the chip to compile for from there, and from nowhere else
     "engine.executables",  # XLA's own flags are part of the key of a compiled program
 }
 # (module, imported name) -> why it cannot stand at the top of the file.
