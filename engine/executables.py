@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from jax.experimental import serialize_executable
 from engine.errors import CapacityError, ModelError
 from engine.stats import Counters
 
+log = logging.getLogger("octavo.engine")
 Report = Callable[[str, float], None]  # phase, progress 0 to 1
 _SOURCES = ("engine", "pallas_kernels", "sharding")
 
@@ -103,6 +105,7 @@ class ProgramCache:
         self.folder = root / "programs" / _digest(facts)
 
     def load(self, program: Program) -> Executable | None:
+        """The program from disk; None when it is not there or its file is damaged."""
         path = self.folder / f"{program.name}.bin"
         if not path.exists():
             return None
@@ -111,14 +114,18 @@ class ProgramCache:
         num_outputs = len(jax.tree.leaves(program.outputs))
         in_tree = jax.tree.structure(((0,) * num_inputs, {}))
         out_tree = jax.tree.structure((0,) * num_outputs)
-        return Executable(program, serialize_executable.deserialize_and_load(path.read_bytes(), in_tree, out_tree))
+        payload = _sound(path.read_bytes())
+        if payload is None:
+            log.warning("%s is damaged; the program is compiled again", path)
+            return None
+        return Executable(program, serialize_executable.deserialize_and_load(payload, in_tree, out_tree))
 
     def save(self, executable: Executable) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._check_owner()
         payload, _, _ = serialize_executable.serialize(executable.compiled)
         partial = self.folder / f".{executable.name}.{os.getpid()}"
-        partial.write_bytes(payload)
+        partial.write_bytes(hashlib.sha256(payload).digest() + payload)
         partial.rename(self.folder / f"{executable.name}.bin")
 
     def _check_owner(self) -> None:
@@ -199,6 +206,12 @@ def _digest(facts: dict[str, Any]) -> str:
     for source in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _sound(data: bytes) -> bytes | None:
+    """What follows the checksum, if it fits: damaged machine code must never be loaded."""
+    checksum, payload = data[:32], data[32:]
+    return payload if hashlib.sha256(payload).digest() == checksum else None
 
 
 def _cpu_features() -> str:

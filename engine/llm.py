@@ -163,7 +163,7 @@ class LLM:
         waiting = 0
         try:
             for (request, _), result in zip(requests, results, strict=True):
-                while not self._submit(request, lambda deltas, result=result: inbox.put((result, deltas))):
+                while not self._submit(request, lambda deltas, result=result: inbox.put((result, deltas)), waiting):
                     waiting -= _absorb(inbox.get())
                 waiting += 1
             while waiting:
@@ -174,10 +174,13 @@ class LLM:
             raise
         return results
 
-    def _submit(self, request: Request, sink: Any) -> bool:
+    def _submit(self, request: Request, sink: Any, waiting: int) -> bool:
+        """False when the queue is full, and one of the `waiting` requests must end first."""
         try:
             self.engine.submit(request, sink)
         except QueueFull:
+            if not waiting:
+                raise
             return False
         return True
 

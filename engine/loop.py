@@ -12,12 +12,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
-from engine.plan import StepPlan, StepResult
+from engine.plan import PendingStep, StepRunner
 from engine.request import MAX_STOP_IDS, FinishReason, Request, TextDelta, TokenEvent
 from engine.scheduler import Scheduler
 from engine.sequence import stop_token_ids
@@ -27,19 +28,6 @@ from engine.text import TextStream, Tokenizer
 Sink = Callable[[list[TextDelta]], None]
 log = logging.getLogger("octavo.engine")
 INTERNAL_ERROR = "the engine failed this request"
-
-
-class PendingStep(Protocol):
-    @property
-    def plan(self) -> StepPlan: ...
-    def result(self) -> StepResult: ...
-
-
-class StepRunner(Protocol):
-    """What the loop needs of a device; tests bring one whose tokens are a formula."""
-
-    def launch(self, plan: StepPlan) -> PendingStep: ...
-    def reset(self) -> None: ...
 
 
 @dataclass
@@ -91,37 +79,41 @@ class Engine:
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises InvalidParam, ContextOverflow, QueueFull or EngineStopped, and then keeps nothing."""
-        if self._draining or self.failure is not None:
-            raise EngineStopped(self.failure or "the engine is shutting down")
         self._check(request)
         choices = request.params.n
-        with self._lock:
+        with self._lock:  # what is put before the engine closes is read after it: nobody waits in vain
+            self._check_open()
             queued = len(self.scheduler.waiting) + self._num_submitted
             if queued + choices > self.config.max_queued_requests:
                 raise QueueFull(f"{queued} sequences are waiting", retry_after_s=1.0)
             self._num_submitted += choices
-        self._inbox.put(lambda: self._add(request, sink))
+            self._inbox.put(lambda: self._add(request, sink))
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is. Unknown and finished ids are fine."""
         self._inbox.put(lambda: self._deliver(self.scheduler.abort(request_id)))
 
+    def _check_open(self) -> None:
+        if self._draining or self.failure is not None:
+            raise EngineStopped(self.failure or "the engine is shutting down")
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Run `function` on the engine's thread between steps, with none in flight; returns its result."""
-        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        done: Future[Any] = Future()
 
         def run() -> None:
-            self._settle()
             try:
-                done.put((function(), None))
+                if self.failure is not None:
+                    raise EngineStopped(self.failure)
+                self._guarded(self._settle)
+                done.set_result(function())
             except Exception as error:  # noqa: BLE001 - handed to the caller, whose function it is
-                done.put((None, error))
+                done.set_exception(error)
 
-        self._inbox.put(run)
-        result, error = done.get()
-        if error is not None:
-            raise error
-        return result
+        with self._lock:
+            self._check_open()
+            self._inbox.put(run)
+        return done.result()
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.counters
@@ -139,17 +131,19 @@ class Engine:
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; True when none is left."""
-        self._draining = True
+        with self._lock:
+            self._draining = True
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.failure is None:
-            if not self._live and self._inbox.empty():
+            if not (self._live or self._num_submitted):
                 return True
             time.sleep(0.01)
         return not self._live
 
     def stop(self) -> None:
         """End what is left with ABORT and join the thread."""
-        self._draining = self._stopping = True
+        with self._lock:
+            self._draining = self._stopping = True
         self._inbox.put(lambda: None)  # wakes the thread
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=30)
@@ -162,14 +156,18 @@ class Engine:
             while not self._stopping:
                 worked = self._guarded(step)
                 self._read_inbox(block=not worked)
-            self._settle()
+            self._read_inbox(block=False)
+            self._guarded(self._settle)
             for request_id in list(self._live):
                 self._deliver(self.scheduler.abort(request_id))
         except BaseException as error:  # the thread's end: say why, leave no client waiting
             log.exception("the engine's thread died")
-            self.failure = f"{type(error).__name__}"
-            for live in list(self._live.values()):
+            with self._lock:
+                self.failure = type(error).__name__
+            left, self._live = self._live, {}
+            for live in left.values():
                 live.sink([_error_delta(live.request.request_id, i) for i in live.streams])
+            self._read_inbox(block=False)
 
     def run_once(self) -> bool:
         """One step, start to end. False when there is nothing to do."""
@@ -199,10 +197,10 @@ class Engine:
         if pending is not None:
             self._commit(pending)
 
-    def _guarded(self, step: Callable[[], bool]) -> bool:
+    def _guarded(self, step: Callable[[], bool | None]) -> bool:
         """A step that fails ends the requests that were in it, not the engine."""
         try:
-            return step()
+            return bool(step())
         except Exception:  # whatever a device or a bug throws; a second failure here ends the thread
             log.exception("a step failed; running requests end with an error")
             self._pending = None
@@ -238,18 +236,20 @@ class Engine:
             raise InvalidParam("stop", "stop strings need a tokenizer and detokenize")
 
     def _add(self, request: Request, sink: Sink) -> None:
-        with self._lock:
-            self._num_submitted -= request.params.n
-        tokenizer = self.tokenizer if request.params.detokenize else None
+        params, tokenizer = request.params, self.tokenizer if request.params.detokenize else None
         try:
+            if self.failure is not None:
+                raise EngineStopped(self.failure)
             if request.request_id in self._live:
                 raise InvalidParam("request_id", f"{request.request_id} is in use")
             self.scheduler.add(request)
+            streams = {i: TextStream(tokenizer, params, request.prompt_token_ids) for i in range(params.n)}
+            self._live[request.request_id] = Live(request, sink, streams)
         except OctavoError as error:
-            sink([_error_delta(request.request_id, i, str(error)) for i in range(request.params.n)])
-            return
-        streams = {i: TextStream(tokenizer, request.params, request.prompt_token_ids) for i in range(request.params.n)}
-        self._live[request.request_id] = Live(request, sink, streams)
+            sink([_error_delta(request.request_id, i, str(error)) for i in range(params.n)])
+        finally:
+            with self._lock:
+                self._num_submitted -= params.n
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Events -> deltas, one sink call a request; a stop string ends its choice here."""

@@ -6,6 +6,7 @@ A row is "count tokens from start". Knows no JAX; results are numpy arrays.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -79,3 +80,16 @@ class StepResult:
     prefill: tuple[RowResult, ...]
     decode: tuple[RowResult, ...]
     prompt_logprobs: tuple[PromptLogprobs | None, ...]  # one a prefill row
+
+
+class PendingStep(Protocol):
+    @property
+    def plan(self) -> StepPlan: ...
+    def result(self) -> StepResult: ...
+
+
+class StepRunner(Protocol):
+    """What the loop needs of a device; tests bring one whose tokens are a formula."""
+
+    def launch(self, plan: StepPlan) -> PendingStep: ...
+    def reset(self) -> None: ...

@@ -6,7 +6,7 @@ never a hash alone. Each salt has a root of its own: tenants cannot see each oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.pages import PagePool
@@ -69,6 +69,12 @@ class PrefixCache:
             self._nodes[page] = node
             self.pool.cache(page)
         return node
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Their content is not to be trusted: nobody finds these pages, or what extends them, again."""
+        for page in pages:
+            if page in self._nodes:
+                self._evict(page)
 
     def clear(self) -> None:
         """Forget everything, as after a failed device step."""

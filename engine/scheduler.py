@@ -55,9 +55,9 @@ class Scheduler:
             )
         total = limit if wanted is None else prompt_len + wanted
         capacity = (self.config.num_pages - 1) * self.config.page_size
-        if wanted is None:
+        if wanted is None and prompt_len < capacity:
             total = min(total, capacity)
-        if total > capacity or prompt_len >= capacity:
+        if total > capacity or (wanted is None and prompt_len == capacity):
             raise ContextOverflow("prompt", f"needs {total} tokens of KV cache; there are {capacity} in all")
         return total
 
@@ -250,6 +250,7 @@ class Scheduler:
         if seq.state is State.FINISHED:  # ended while this step was in flight
             return None
         if drawn.faulty:
+            self.cache.forget(seq.pages)
             self.finish(seq)
             return TokenEvent(
                 request_id=seq.request.request_id,
@@ -261,7 +262,7 @@ class Scheduler:
         self.counters.generation_tokens += outcome.num_accepted
         if seq.state is State.RUNNING and not seq.prefilling:
             self._register(seq, len(seq.token_ids) - 1)
-        if seq.max_total_len == seq.prompt_len and not seq.prefilling:
+        if seq.max_total_len == seq.prompt_len and not seq.prefilling and not seq.in_flight:
             outcome = Outcome(0, FinishReason.LENGTH, None)
         if outcome.finish_reason is not None:
             self.finish(seq)

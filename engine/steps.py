@@ -7,23 +7,20 @@ request path through a step: add pages, forward (writing KV), draw, advance the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from engine import sampler
+from engine.attend import PrefillRows, attend, cache_view
 from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.model import decoder
 from engine.model.config import ModelConfig
 from engine.model.layers import Params
-from engine.pages import TRASH_PAGE
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
 from engine.slots import Sampling, Slots, add_pages
-from pallas_kernels.kv_write import write_kv
-from pallas_kernels.paged_attention import decode_attention, prefill_attention
 
 KV = tuple[Array, ...]  # per layer [pages, page_size, 2 * kv_heads * head_dim]: a head's key, then its value
 PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
@@ -41,24 +38,6 @@ class StepOutput:
     top_ids: Array  # int32 [rows, steps, MAX_LOGPROBS]
     top_logprobs: Array  # float32 [rows, steps, MAX_LOGPROBS]
     prompt: tuple[Array, Array, Array] | None = None  # as logprobs_of, a row a prefill token
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """The prefill half of a step: flat tokens and whose they are."""
-
-    q_start: Array  # int32 [prefill rows]
-    q_len: Array
-    position: Array
-    block_tables: Array
-
-    def positions(self, num_tokens: int) -> tuple[Array, Array]:
-        """(row, position) of each flat token; tokens of no row get row -1."""
-        index = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
-        mine = (index >= self.q_start[None]) & (index < (self.q_start + self.q_len)[None])
-        row = jnp.where(jnp.any(mine, axis=1), jnp.argmax(mine, axis=1), -1).astype(jnp.int32)
-        position = self.position[row] + index[:, 0] - self.q_start[row]
-        return row, jnp.where(row >= 0, position, 0)
 
 
 def unpack(layout: Layout, vector: Array) -> dict[str, Array]:
@@ -107,7 +86,7 @@ def prefill_step(
     slots = add_pages(slots, batch["decode_slot"], batch["first_new_page"], batch["new_pages"])
     slots = enter_rows(slots, batch)
     riders = batch["decode_slot"]
-    prefill = Prefill(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
+    prefill = PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
     kv, hidden = forward(
         config,
         params,
@@ -143,7 +122,7 @@ def token_logits(
 ) -> tuple[KV, Slots, Array]:
     """Like `prefill_step` without decode rows or drawing: float32 logits [tokens, vocab] of every token."""
     batch = unpack(layout, vector)
-    prefill = Prefill(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
+    prefill = PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
     none = jnp.zeros((0,), jnp.int32)
     kv, hidden = forward(config, params, kv, batch["tokens"], none, none != 0, slots.block_tables[:0], prefill)
     return kv, slots, decoder.logits(config, params, hidden)
@@ -177,47 +156,14 @@ def forward(
     decode_position: Array,
     decode_active: Array,
     decode_tables: Array,
-    prefill: Prefill | None,
+    prefill: PrefillRows | None,
 ) -> tuple[KV, Array]:
     """Hidden states [tokens, embed] of decode rows then prefill tokens; their KV is written first."""
-    num_decode, page_size = decode_position.shape[0], kv[0].shape[1]
-    positions = decode_position
-    page_ids = jnp.where(decode_active, _page_at(decode_tables, decode_position, page_size), TRASH_PAGE)
-    if prefill is not None:
-        row, prefill_position = prefill.positions(tokens.shape[0] - num_decode)
-        page = prefill.block_tables[row, prefill_position // page_size]
-        page_ids = jnp.concatenate([page_ids, jnp.where(row >= 0, page, TRASH_PAGE)])
-        positions = jnp.concatenate([positions, prefill_position])
-    kv_lens = jnp.where(decode_active, decode_position + 1, 0)
-    layers = list(kv)
-
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        pages = write_kv(layers[layer], k, v, page_ids, positions % page_size)
-        layers[layer] = pages
-        settings: dict[str, Any] = {
-            "scale": config.attention_scale,
-            "softcap": config.attention_softcap,
-            "window": config.layers[layer].window,
-        }
-        parts = []
-        if num_decode:
-            parts.append(decode_attention(q[:num_decode], pages, decode_tables, kv_lens, **settings))
-        if prefill is not None:
-            parts.append(
-                prefill_attention(
-                    q[num_decode:],
-                    pages,
-                    prefill.block_tables,
-                    prefill.q_start,
-                    prefill.q_len,
-                    prefill.position,
-                    **settings,
-                )
-            )
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-    hidden = decoder.hidden_states(config, params, tokens, positions, attend)
-    return tuple(layers), hidden
+    view, positions = cache_view(
+        decode_position, decode_active, decode_tables, prefill, tokens.shape[0], page_size=kv[0].shape[1]
+    )
+    hidden, kv = decoder.hidden_states(config, params, tokens, positions, kv, view, attend)
+    return kv, hidden
 
 
 def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
@@ -293,7 +239,3 @@ def prompt_logprobs(
     )
     logprob, ids, top = (a.reshape(blocks * size, *a.shape[2:])[:num_tokens] for a in found)
     return logprob, ids, top
-
-
-def _page_at(tables: Array, position: Array, page_size: int) -> Array:
-    return jnp.take_along_axis(tables, (position // page_size)[:, None], axis=1)[:, 0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.model.config import ModelConfig
+from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
 
 
@@ -36,11 +36,14 @@ def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], nu
 @partial(jax.jit, static_argnums=0)
 def _forward(config: ModelConfig, params: dict, tokens: Array) -> Array:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    hidden = hidden_states(config, params, tokens, positions, partial(_dense_attention, config))
+    no_caches = (None,) * config.num_layers
+    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, _dense_attention)
     return logits(config, params, hidden)
 
 
-def _dense_attention(config: ModelConfig, layer: int, q: Array, k: Array, v: Array) -> Array:
+def _dense_attention(
+    config: ModelConfig, layer: LayerSpec, view: None, cache: None, q: Array, k: Array, v: Array
+) -> tuple[Array, None]:
     """Causal, windowed, soft-capped attention; q [tokens, q_heads, head_dim], k and v per KV head."""
     k, v = (jnp.repeat(a, config.q_per_kv, axis=1).astype(jnp.float32) for a in (k, v))
     with jax.default_matmul_precision("highest"):
@@ -49,7 +52,7 @@ def _dense_attention(config: ModelConfig, layer: int, q: Array, k: Array, v: Arr
             scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
         position = jnp.arange(q.shape[0])
         distance = position[:, None] - position[None, :]
-        window = config.layers[layer].window
+        window = layer.window
         seen = (distance >= 0) & (distance < (window or q.shape[0]))
         weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype)
+        return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype), None

@@ -1,19 +1,20 @@
 """One decoder for every dense family, driven by `ModelConfig` and its per-layer `LayerSpec`s.
 
 Works on a flat token axis and knows nothing about sequences, pages or batches: `attend`
-is handed in, and decides what each token sees.
+is handed in, and decides what each token sees and what is kept for later ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.config import ModelConfig
+from engine.model.config import LayerSpec, ModelConfig
 from engine.model.layers import (
     Params,
     apply_rope,
@@ -25,29 +26,54 @@ from engine.model.layers import (
 )
 from engine.model.params import mlp_block
 
-# attend(layer, q[tokens, q_heads, head_dim], k[tokens, kv_heads, head_dim], v like k) -> like q
-Attend = Callable[[int, Array, Array, Array], Array]
+# attend(config, layer, view, cache, q[tokens, q_heads, head_dim], k[tokens, kv_heads, head_dim], v like k)
+# -> (like q, cache): a pure function; `view` is what all layers share, `cache` the layer's own state.
+Attend = Callable[[ModelConfig, LayerSpec, Any, Any, Array, Array, Array], tuple[Array, Any]]
 
 
-def hidden_states(config: ModelConfig, params: Params, tokens: Array, positions: Array, attend: Attend) -> Array:
-    """Last hidden states [tokens, embed] before the final norm.
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    caches: Sequence[Any],
+    view: Any,
+    attend: Attend,
+) -> tuple[Array, tuple[Any, ...]]:
+    """Last hidden states [tokens, embed] before the final norm, and the layers' new caches.
 
-    tokens, positions: int32 [tokens]. params: see `engine.model.params`.
+    tokens, positions: int32 [tokens]. params: see `engine.model.params`. caches: one a layer.
     """
     x = params["embed"][tokens]
     x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
     ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
+    new = []
     for i, spec in enumerate(config.layers):
-        weights = layer_params(params, i)
-        with jax.named_scope(f"layer_{i}"):
-            hidden = _norm_before(config, x, weights.get("attn_norm"))
-            rope = ropes[spec.rope] if spec.rope else None
-            hidden = MIXERS[spec.mixer](config, hidden, weights, rope, partial(attend, i))
-            x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
-            hidden = _norm_before(config, x, weights.get("mlp_norm"))
-            hidden = FFNS[spec.ffn](config, hidden, weights)
-            x = _add_residual(config, x, hidden, weights.get("mlp_post_norm"))
-    return x
+        rope = ropes[spec.rope] if spec.rope else None
+        x, cache = _layer(config, spec, attend, layer_params(params, i), x, rope, view, caches[i])
+        new.append(cache)
+    return x, tuple(new)
+
+
+# Equal layers are traced and lowered once: a program of 80 layers is built as fast as one of two.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(
+    config: ModelConfig,
+    spec: LayerSpec,
+    attend: Attend,
+    weights: Params,
+    x: Array,
+    rope: tuple[Array, Array] | None,
+    view: Any,
+    cache: Any,
+) -> tuple[Array, Any]:
+    hidden = _norm_before(config, x, weights.get("attn_norm"))
+    see = partial(attend, config, spec, view, cache)
+    hidden, cache = MIXERS[spec.mixer](config, hidden, weights, rope, see)
+    x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
+    hidden = _norm_before(config, x, weights.get("mlp_norm"))
+    hidden = FFNS[spec.ffn](config, hidden, weights)
+    return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
@@ -80,8 +106,8 @@ def _attention(
     x: Array,
     weights: Params,
     rope: tuple[Array, Array] | None,
-    attend: Callable[[Array, Array, Array], Array],
-) -> Array:
+    see: Callable[[Array, Array, Array], tuple[Array, Any]],
+) -> tuple[Array, Any]:
     """Grouped-query attention: project, norm, rotate, attend, project back."""
     tokens, group = x.shape[0], config.q_per_kv
     qkv = linear(x, weights["qkv"])
@@ -93,9 +119,9 @@ def _attention(
     if rope is not None:
         qk = apply_rope(qk, *rope)
     q, k = qk[:, :, :group], qk[:, :, group]
-    out = attend(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
+    out, cache = see(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
     out = linear(out.reshape(tokens, -1), weights["o"])
-    return out + weights["o_bias"][None] if config.output_bias else out
+    return out + weights["o_bias"][None] if config.output_bias else out, cache
 
 
 def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:

@@ -1,0 +1,90 @@
+"""How the tokens of a step see the paged KV cache: where theirs is written, and what each attends to.
+
+One pure function for every layer; `CacheView` is what the layers share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model.config import LayerSpec, ModelConfig
+from engine.pages import TRASH_PAGE
+from pallas_kernels.kv_write import write_kv
+from pallas_kernels.paged_attention import decode_attention, prefill_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillRows:
+    """Chunks of prompts on the flat token axis behind the decode rows; idle rows are last."""
+
+    q_start: Array  # int32 [rows], first token, counted from the first prefill token
+    q_len: Array  # int32 [rows]
+    position: Array  # int32 [rows], of the first token
+    block_tables: Array  # int32 [rows, pages_per_seq]
+
+    def positions(self, num_tokens: int) -> tuple[Array, Array]:
+        """(row, position) of each flat token; tokens of no row get row -1."""
+        index = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+        mine = (index >= self.q_start[None]) & (index < (self.q_start + self.q_len)[None])
+        row = jnp.where(jnp.any(mine, axis=1), jnp.argmax(mine, axis=1), -1).astype(jnp.int32)
+        position = self.position[row] + index[:, 0] - self.q_start[row]
+        return row, jnp.where(row >= 0, position, 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CacheView:
+    """Where each token of the step writes, and which pages its row reads."""
+
+    page_ids: Array  # int32 [tokens]
+    offsets: Array  # int32 [tokens], in the page
+    decode_tables: Array  # int32 [decode rows, pages_per_seq]
+    decode_lens: Array  # int32 [decode rows], keys that the row sees; 0 when idle
+    prefill: PrefillRows | None
+
+
+def cache_view(
+    decode_position: Array,
+    decode_active: Array,
+    decode_tables: Array,
+    prefill: PrefillRows | None,
+    num_tokens: int,
+    page_size: int,
+) -> tuple[CacheView, Array]:
+    """The view of a step's tokens (decode rows, then prefill tokens), and their positions, int32 [tokens]."""
+    positions = decode_position
+    page = jnp.take_along_axis(decode_tables, (decode_position // page_size)[:, None], axis=1)[:, 0]
+    page_ids = jnp.where(decode_active, page, TRASH_PAGE)
+    if prefill is not None:
+        row, prefill_position = prefill.positions(num_tokens - decode_position.shape[0])
+        page = prefill.block_tables[row, prefill_position // page_size]
+        page_ids = jnp.concatenate([page_ids, jnp.where(row >= 0, page, TRASH_PAGE)])
+        positions = jnp.concatenate([positions, prefill_position])
+    lens = jnp.where(decode_active, decode_position + 1, 0)
+    return CacheView(page_ids, positions % page_size, decode_tables, lens, prefill), positions
+
+
+def attend(
+    config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, q: Array, k: Array, v: Array
+) -> tuple[Array, Array]:
+    """Write k and v, then attend: (like q, the layer's pages). See `engine.model.decoder.Attend`."""
+    kv_pages = write_kv(kv_pages, k, v, view.page_ids, view.offsets)
+    num_decode, prefill = view.decode_lens.shape[0], view.prefill
+    settings: dict[str, Any] = {
+        "scale": config.attention_scale,
+        "softcap": config.attention_softcap,
+        "window": layer.window,
+    }
+    parts = []
+    if num_decode:
+        parts.append(decode_attention(q[:num_decode], kv_pages, view.decode_tables, view.decode_lens, **settings))
+    if prefill is not None:
+        rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
+        parts.append(prefill_attention(q[num_decode:], kv_pages, *rows, **settings))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages
