@@ -37,7 +37,10 @@ NO_JAX = {
     "server.batch",
     "configs",
 }
-MAY_JIT = {"engine.executables", "engine.steps", "engine.runner"}
+MAY_JIT = {
+    "engine.executables",  # the programs
+    "engine.model.decoder",  # one trace for all equal layers, inside the programs
+}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
 MAY_READ_ENVIRONMENT = {
     "engine.config",  # the cache folder
