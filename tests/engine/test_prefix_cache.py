@@ -1,0 +1,228 @@
+"""The prefix cache against a model that remembers what every page really holds.
+
+All tokens hash alike, so that only their equality can tell contents apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.prefix_cache import Node, NoPrefixCache, PrefixCache
+
+SIZE = 2
+NUM_PAGES = 12
+
+
+class Token(int):
+    """A token id whose hash says nothing."""
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def tokens_of(text: str) -> list[int]:
+    return [Token(ord(c)) for c in text]
+
+
+def fill(cache: PrefixCache, text: str, salt: str = "") -> list[int]:
+    """A sequence runs and ends: its full pages become known, and idle."""
+    tokens = tokens_of(text)
+    match = cache.match(salt, tokens, len(tokens))
+    cache.pool.acquire(match.pages)
+    pages = [*match.pages, *cache.pool.take(len(tokens) // SIZE - len(match.pages))]
+    node = match.node
+    for i in range(len(match.pages), len(pages)):
+        node = cache.insert(node, tuple(tokens[i * SIZE : (i + 1) * SIZE]), pages[i])
+    cache.pool.release(pages)
+    return pages
+
+
+def found(cache: PrefixCache, text: str, salt: str = "") -> tuple[int, ...]:
+    return cache.match(salt, tokens_of(text), len(text)).pages
+
+
+def test_equal_hashes_are_not_equal_contents() -> None:
+    assert hash(tuple(tokens_of("ab"))) == hash(tuple(tokens_of("xy")))
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    ab, xy = fill(cache, "ab"), fill(cache, "xy")
+    assert found(cache, "ab") == tuple(ab) and found(cache, "xy") == tuple(xy) and found(cache, "ba") == ()
+
+
+def test_longest_prefix_in_whole_pages_within_the_limit() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    pages = fill(cache, "abcdef")
+    assert found(cache, "abcdXX") == tuple(pages[:2])
+    assert found(cache, "Xbcdef") == ()
+    tokens = tokens_of("abcdef")
+    assert [len(cache.match("", tokens, limit).pages) for limit in range(7)] == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_salts_are_separate_worlds() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    mine = fill(cache, "abcd", "me")
+    assert found(cache, "abcd", "you") == () and found(cache, "abcd") == ()
+    yours = fill(cache, "abcd", "you")
+    assert not set(mine) & set(yours) and found(cache, "abcd", "me") == tuple(mine)
+
+
+def test_many_salts_do_not_pile_up() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    kept = fill(cache, "ab", "kept")
+    for i in range(1000):
+        cache.match(f"salt {i}", tokens_of("ab"), 2)
+    assert len(cache._roots) <= 2 * NUM_PAGES + 1 and found(cache, "ab", "kept") == tuple(kept)
+
+
+def test_a_known_content_keeps_its_first_page() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    root = cache.match("", [], 0).node
+    first, second = cache.pool.take(2)
+    tokens = tuple(tokens_of("ab"))
+    assert cache.insert(root, tokens, first) is cache.insert(root, tokens, second)
+    cache.pool.release([first, second])
+    assert found(cache, "ab") == (first,)
+    cache.check([])
+
+
+def test_evicting_a_parent_forgets_what_hangs_below() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    root = cache.match("", [], 0).node
+    first, copy, child = cache.pool.take(3)
+    node = cache.insert(root, tuple(tokens_of("ab")), first)
+    node = cache.insert(node, tuple(tokens_of("cd")), child)  # of one that holds `copy`
+    cache.pool.release([first])
+    others = cache.pool.take(NUM_PAGES - 1 - 2)  # everything, `first` included
+    assert first in others and found(cache, "abcd") == () and not node.alive
+    cache.check([*others, copy, child])
+    late = cache.insert(node, tuple(tokens_of("ef")), child)  # its owner goes on
+    assert not late.alive
+    cache.pool.release([copy, child])
+    assert cache.pool.num_available == 2, "pages of the forgotten subtree are free, not idle"
+
+
+def test_forgotten_pages_are_not_found_and_stay_with_their_holders() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    pages = fill(cache, "abcd")
+    other = fill(cache, "wxyz")
+    cache.pool.acquire(pages)
+    cache.forget(pages)
+    assert found(cache, "abcd") == () and found(cache, "wxyz") == tuple(other)
+    cache.check(pages)
+    cache.forget(pages)  # nothing is left to forget
+    cache.pool.release(pages)
+    cache.check([])
+
+
+def test_clear_forgets_everything() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE)
+    fill(cache, "abcd", "me")
+    cache.clear()
+    assert found(cache, "abcd", "me") == () and cache.pool.num_available == NUM_PAGES - 1
+    cache.check([])
+
+
+def test_no_prefix_cache_finds_nothing() -> None:
+    cache = NoPrefixCache(NUM_PAGES, SIZE)
+    fill(cache, "abcd")
+    assert found(cache, "abcd") == ()
+    assert len(cache.pool._free) == NUM_PAGES - 1, "nothing is kept either"
+    cache.check([])
+
+
+@dataclass(eq=False)
+class Owner:
+    """A running sequence: its tokens in whole pages."""
+
+    salt: str
+    tokens: list[int]
+    pages: list[int]
+    node: Node
+    num_registered: int
+    dead: bool = field(default=False)
+
+
+class Machine(RuleBasedStateMachine):
+    """Sequences come, share, register, grow and go; `content` is what was last written to each page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = PrefixCache(NUM_PAGES, SIZE)
+        self.owners: list[Owner] = []
+        self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+    def take(self, owner: Owner) -> None:
+        """Pages for all tokens, written with what they mean: the whole prefix up to their end."""
+        for page in self.cache.pool.take(len(owner.tokens) // SIZE - len(owner.pages)):
+            owner.pages.append(page)
+            self.content[page] = (owner.salt, tuple(owner.tokens[: len(owner.pages) * SIZE]))
+
+    @rule(salt=st.sampled_from(["", "tenant"]), text=st.text("ab", min_size=2, max_size=9), spare=st.integers(0, 1))
+    def start(self, salt: str, text: str, spare: int) -> None:
+        tokens = tokens_of(text[: len(text) // SIZE * SIZE])
+        match = self.cache.match(salt, tokens, len(tokens) - spare)
+        for i, page in enumerate(match.pages):
+            assert self.content[page] == (salt, tuple(tokens[: (i + 1) * SIZE])), "a page of other tokens"
+        needed = len(tokens) // SIZE - len(match.pages) + self.cache.pool.num_idle(match.pages)
+        if needed <= self.cache.pool.num_available:
+            self.cache.pool.acquire(match.pages)
+            owner = Owner(salt, tokens, list(match.pages), match.node, len(match.pages))
+            self.take(owner)
+            self.owners.append(owner)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
+    def insert(self, data: st.DataObject) -> None:
+        owner = data.draw(st.sampled_from(self.owners))
+        while owner.num_registered < len(owner.pages):
+            start = owner.num_registered * SIZE
+            owner.node = self.cache.insert(
+                owner.node, tuple(owner.tokens[start : start + SIZE]), owner.pages[owner.num_registered]
+            )
+            owner.num_registered += 1
+        if owner.node.alive and not owner.dead:
+            assert len(self.cache.match(owner.salt, owner.tokens, len(owner.tokens)).pages) == len(owner.pages)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), text=st.text("ab", min_size=SIZE, max_size=SIZE))
+    def grow(self, data: st.DataObject, text: str) -> None:
+        owner = data.draw(st.sampled_from(self.owners))
+        if self.cache.pool.num_available:
+            owner.tokens += tokens_of(text)
+            self.take(owner)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        owner = data.draw(st.sampled_from(self.owners))
+        self.owners.remove(owner)
+        self.cache.pool.release(owner.pages)
+
+    @rule(count=st.integers(1, NUM_PAGES))
+    def evict(self, count: int) -> None:
+        pages = self.cache.pool.take(min(count, self.cache.pool.num_available))
+        for page in pages:
+            self.content[page] = ("", ())
+        self.cache.pool.release(pages)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        self.cache.forget(data.draw(st.sampled_from(self.owners)).pages)
+
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        for owner in self.owners:
+            owner.dead = True  # may hang on a root that is gone: may register, and is not found
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.cache.check([page for owner in self.owners for page in owner.pages])
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
