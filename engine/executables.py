@@ -153,10 +153,10 @@ class NoProgramCache(ProgramCache):
 def count_compiles(counters: Counters) -> None:
     """Count the process's compilations into `counters`, as JAX itself reports them."""
 
-    def heard(event: str, duration_s: float, **_: Any) -> None:
+    def heard(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             counters.compiles += 1
-            counters.compile_s += duration_s
+            counters.compile_s += duration_secs
             counters.compiles_after_ready += counters.ready
 
     jax.monitoring.register_event_duration_secs_listener(heard)

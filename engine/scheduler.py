@@ -101,13 +101,12 @@ class Scheduler:
     # -- planning ---------------------------------------------------------------------------
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when nothing can run until results are committed or requests come.
-
-        Decode rows take their pages first: they are older than whatever is admitted here.
-        """
+        """The next step, or None when nothing can run until results are committed or requests come."""
+        # Decode rows take their pages first: they are older than whatever is admitted here.
         mixed = any(seq.prefilling for seq in self.running) or self._admissible() is not None
         decode_rows = self._plan_decode(1 if mixed else self.config.decode_steps)
-        prefill_rows, admitted = self._plan_prefill()
+        # Preempting above may have made room, but multi-token rows cannot ride along.
+        prefill_rows, admitted = self._plan_prefill() if mixed or not decode_rows else ([], [])
         if not prefill_rows and not decode_rows:
             return None
         for row in itertools.chain(prefill_rows, decode_rows):

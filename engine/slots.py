@@ -7,7 +7,7 @@ counts live here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -58,25 +58,36 @@ class Slots:
 
 def slots_shape(num_seqs: int, pages_per_seq: int, vocab_size: int) -> Slots:
     """Abstract `Slots` for `num_seqs` sequences and the idle row."""
-    rows = num_seqs + 1
+    return jax.eval_shape(lambda: _empty_slots(num_seqs + 1, pages_per_seq, vocab_size))
 
-    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
-    floats = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-    scalars = {f.name: array(jnp.float32 if f.name in floats else jnp.int32) for f in fields(Sampling)}
-    scalars["stop_ids"] = array(jnp.int32, MAX_STOP_IDS)
+def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int) -> Slots:
+    ints, floats = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), jnp.float32)
     return Slots(
-        last_token=array(jnp.int32),
-        position=array(jnp.int32),
-        active=array(jnp.bool_),
-        block_tables=array(jnp.int32, pages_per_seq),
-        sampling=Sampling(**scalars),
-        output_counts=array(jnp.int16, vocab_size),
-        prompt_seen=array(jnp.bool_, vocab_size),
-        bias_ids=array(jnp.int32, MAX_LOGIT_BIAS),
-        bias_values=array(jnp.float32, MAX_LOGIT_BIAS),
-        allowed_bits=array(jnp.uint32, -(-vocab_size // 32)),
+        last_token=ints,
+        position=ints,
+        active=jnp.zeros((rows,), jnp.bool_),
+        block_tables=jnp.zeros((rows, pages_per_seq), jnp.int32),
+        sampling=Sampling(
+            temperature=floats,
+            top_p=floats,
+            min_p=floats,
+            presence_penalty=floats,
+            frequency_penalty=floats,
+            repetition_penalty=floats,
+            top_k=ints,
+            seed_high=ints,
+            seed_low=ints,
+            min_len=ints,
+            max_len=ints,
+            flags=ints,
+            stop_ids=jnp.zeros((rows, MAX_STOP_IDS), jnp.int32),
+        ),
+        output_counts=jnp.zeros((rows, vocab_size), jnp.int16),
+        prompt_seen=jnp.zeros((rows, vocab_size), jnp.bool_),
+        bias_ids=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.int32),
+        bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
+        allowed_bits=jnp.zeros((rows, -(-vocab_size // 32)), jnp.uint32),
     )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 # libtpu looks for a TPU VM's metadata unless it is told what it would find.
@@ -69,8 +69,8 @@ GPUS = {
 }
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """Abstract devices of "v6e:2x2" (TPU generation and slice) or "h200:8" (GPU and how many).
+def topology_devices(name: str) -> list[Any]:
+    """Abstract `jax.Device`s of "v6e:2x2" (TPU generation and slice) or "h200:8" (GPU and how many).
 
     Programs lowered with shardings on them compile for that chip. Raises ValueError for an
     unknown name, RuntimeError when the compiler for it is not installed.

@@ -48,9 +48,7 @@ def test_next_token_logits(llm: LLM, prompts: list[list[int]], expected: dict[st
         assert abs(logsumexp - expected["logsumexp"][i]) < TOLERANCE * abs(logsumexp)
 
 
-def test_logits_of_a_shifted_prompt_differ(
-    llm: LLM, prompts: list[list[int]], expected: dict[str, np.ndarray]
-) -> None:
+def test_logits_of_a_shifted_prompt_differ(llm: LLM, prompts: list[list[int]], expected: dict[str, np.ndarray]) -> None:
     """The comparison can fail: one token too few is far outside the tolerance."""
     got = llm.logits(prompts[20][:-1])[-1][expected["sample"]]
     want = expected["sampled"][20]

@@ -60,17 +60,13 @@ class Served:
     def metric(self, name: str) -> float:
         return self.metrics().get(name, 0.0)
 
-    def ended(self, reason: str) -> float:
-        """Choices that ended for `reason`, from vllm:request_success_total."""
-        found = self.metrics().items()
-        return sum(v for k, v in found if k.startswith("vllm:request_success_total{") and f'"{reason}"' in k)
-
     def wait(self, holds: Callable[[dict[str, float]], bool], what: str, timeout_s: float = 60.0) -> dict[str, float]:
         """The metrics as soon as `holds` is true of them."""
         deadline_s = time.monotonic() + timeout_s
         while not holds(found := self.metrics()):
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{what} did not come about: {found}")
+                shown = {k: v for k, v in found.items() if "{" not in k and "_bucket" not in k and "_created" not in k}
+                raise TimeoutError(f"{what} did not come about: {shown}")
             time.sleep(0.005)
         return found
 
@@ -85,6 +81,12 @@ class Served:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=60)
+
+
+def ended(metrics: dict[str, float], reason: str) -> float:
+    """Choices that ended for `reason`."""
+    found = metrics.items()
+    return sum(v for k, v in found if k.startswith("vllm:request_success_total{") and f'"{reason}"' in k)
 
 
 def is_idle(metrics: dict[str, float]) -> bool:
