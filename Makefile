@@ -31,11 +31,14 @@ bench: $(VENV)/.installed-bench ## tokens/s, TTFT and TPOT against other engines
 bench-startup: $(VENV)/.installed-bench ## seconds from process start to ready, cold and warm
 	$(bin)/python -m benchmarks.startup $(ARGS)
 
-aot: $(VENV)/.installed-aot ## compile the step programs for one TPU and one GPU, with neither at hand
-	$(bin)/python -m pytest -q -m "aot and not slow" $(ARGS)
+# In an environment of its own: two gigabytes of compilers that serving on a CPU must not load.
+aot: ## compile the step programs for one TPU and one GPU, with neither at hand
+	$(MAKE) VENV=.venv-aot .venv-aot/.installed-aot
+	.venv-aot/bin/python -m pytest -q -m "aot and not slow" $(ARGS)
 
-aot-all: $(VENV)/.installed-aot ## the same for every shape and chip that the tests know
-	$(bin)/python -m pytest -q -m aot $(ARGS)
+aot-all: ## the same for every shape and chip that the tests know
+	$(MAKE) VENV=.venv-aot .venv-aot/.installed-aot
+	.venv-aot/bin/python -m pytest -q -m aot $(ARGS)
 
 clean: ## remove the environment and what tests and tools left
 	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
