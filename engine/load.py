@@ -75,13 +75,19 @@ def load_engine(options: EngineOptions, report: Report = lambda phase, progress:
         runner,
         vocab_size=model.vocab_size,
         tokenizer=tokenizer,
-        model_name=options.model,
+        model_name=_display_name(options.model),
         end_token_ids=tuple(dict.fromkeys(ends)),
         counters=counters,
     )
     counters.ready = True
     report("ready", 1.0)
     return engine
+
+
+def _display_name(model: str) -> str:
+    """What clients call the model: a registry or hub name as it is, of a path only its last part."""
+    path = Path(model).expanduser()
+    return path.name.removesuffix(".gguf") if path.exists() else model
 
 
 def _tokenizer(options: EngineOptions, path: Path) -> Tokenizer:

@@ -181,7 +181,7 @@ BAD_EXAMPLES: list[tuple[Rule, str, str]] = [
     (layers, "engine.loop", "from . import request"),
     (host_modules_without_jax, "engine.scheduler", "import jax.numpy as jnp"),
     (host_modules_without_jax, "engine.pages", "def f():\n    from jax import Array"),
-    (jit_in_few_files, "engine.model.decoder", "import jax\nf = jax.jit(lambda x: x)"),
+    (jit_in_few_files, "engine.model.layers", "import jax\nf = jax.jit(lambda x: x)"),
     (jit_in_few_files, "sharding.plan", "from jax import jit"),
     (no_unsafe_modules, "engine.weights", "import pickle"),
     (no_unsafe_modules, "engine.weights", "from torch import nn"),
