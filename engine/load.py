@@ -5,6 +5,7 @@ The one place where the parts are wired together; the offline API and the server
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,8 @@ def load_engine(options: EngineOptions, report: Report = lambda phase, progress:
         end_token_ids=tuple(dict.fromkeys(ends)),
         counters=counters,
     )
+    gc.collect()
+    gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     counters.ready = True
     report("ready", 1.0)
     return engine

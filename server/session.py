@@ -126,7 +126,6 @@ def _requests(
             raise InvalidParam(param, "must not be empty")
         if max(ids) >= engine.vocab_size:  # the engine says so too, but `echo` decodes them before
             raise InvalidParam(param, f"token ids must be below {engine.vocab_size}")
-    tokenizer = engine.tokenizer
     banned = {i for word in params.bad_words for i in _tokenizer(engine, "bad_words").single_tokens(word)}
     unique = uuid.uuid4().hex
     return tuple(
@@ -134,7 +133,7 @@ def _requests(
             request_id=f"{unique}-{i}",
             prompt_token_ids=ids,
             params=params,
-            end_token_ids=tuple(tokenizer.end_token_ids) if tokenizer is not None else (),
+            end_token_ids=engine.end_token_ids,
             banned_token_ids=tuple(sorted(banned)),
             cache_salt=body.cache_salt or "",
             arrival_time_s=time.monotonic(),

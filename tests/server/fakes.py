@@ -30,7 +30,6 @@ CONFIG = EngineConfig(
 class ByteTokenizer:
     vocab_size = VOCAB
     bos_token_id = BOS
-    end_token_ids = (END,)
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         return list(text.encode())
@@ -89,6 +88,7 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.model_name = "fake-model"
         self.vocab_size = VOCAB
+        self.end_token_ids = (END,)
         self.failure: str | None = None
         self.pace_s = pace_s
         self.gate = threading.Event()
