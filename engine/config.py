@@ -47,6 +47,8 @@ class EngineOptions:
     compile_cache: bool = option(True, "keep compiled programs on disk")
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise InvalidParam("model", "must not be empty")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size",
                      "kv_cache_memory_bytes", "decode_steps", "max_queued_requests"):  # fmt: skip
             value = getattr(self, name)

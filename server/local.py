@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from starlette.types import Message, Scope
 
+from engine.errors import OctavoError
 from server.app import build_app
 from server.config import ServerOptions
 from server.lifecycle import EngineHandle, Lifecycle
@@ -74,7 +75,7 @@ class LocalServer:
     async def _messages(self, path: str, body: dict[str, Any]) -> AsyncIterator[Message]:
         """What the application sends. Leaving the iterator is a client that goes away."""
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
-        task = asyncio.create_task(self._call(path, orjson.dumps(body), sent))
+        task = asyncio.create_task(self._call(path, _encoded(body), sent))
         try:
             while (message := await sent.get()) is not None:
                 yield message
@@ -101,3 +102,11 @@ class LocalServer:
             await self._app(scope, receive, sent.put)
         finally:
             sent.put_nowait(None)
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """Raises OctavoError for text that came from bytes which are not UTF-8."""
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise OctavoError("the text is not valid UTF-8") from error

@@ -7,10 +7,11 @@ import readline  # noqa: F401 - gives `input` line editing and a history
 import sys
 
 from engine.config import EngineOptions
+from engine.errors import OctavoError
 from engine.request import SamplingParams
 from server.commands.loading import running_engine
 from server.commands.options import ChatOptions
-from server.commands.terminal import AnswerError, sampling_fields, stream_text, write_now
+from server.commands.terminal import sampling_fields, stream_text, write_now
 from server.lifecycle import EngineHandle
 from server.local import LocalServer
 
@@ -55,7 +56,7 @@ def _turn(
         runner.run(stream_text(chunks, write))
     except KeyboardInterrupt:
         write_now(" ...")
-    except AnswerError as error:
+    except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return history
     print()
@@ -72,4 +73,6 @@ def _read() -> str | None:
         line = input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
+    except UnicodeDecodeError as error:
+        raise OctavoError("the input is not valid UTF-8") from error
     return None if line in ("/exit", "/quit") else line
