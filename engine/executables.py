@@ -121,7 +121,9 @@ class ProgramCache:
         return Executable(program, serialize_executable.deserialize_and_load(payload, in_tree, out_tree))
 
     def save(self, executable: Executable) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder.parent, self.folder):  # a mode given with `parents` is the last one's alone
+            folder.mkdir(exist_ok=True, mode=0o700)
         self._check_owner()
         payload, _, _ = serialize_executable.serialize(executable.compiled)
         partial = self.folder / f".{executable.name}.{os.getpid()}"

@@ -65,7 +65,8 @@ class Row:
 
 
 def row(logits: Any, *, prompt: Any = (0,), output: Any = (), end: Any = (), banned: Any = (), **params: Any) -> Row:
-    return Row(logits, SamplingParams(**{"max_tokens": 40} | params), tuple(prompt), tuple(output), end, banned)
+    params = {"max_tokens": 40} | params
+    return Row(logits, SamplingParams(**params), tuple(prompt), tuple(output), end, banned)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -384,4 +385,4 @@ def test_a_faulty_row_is_flagged_and_alone(value: float) -> None:
 
 def test_without_logprobs_none_are_computed() -> None:
     plain = draw([row(FIVE, temperature=0.0)])
-    assert plain.logprob[0] == 0.0 and sampling_row(row(FIVE).sequence(0))["flags"] & USES_LOGPROBS == 0
+    assert plain.logprob[0] == 0.0 and int(sampling_row(row(FIVE).sequence(0))["flags"]) & USES_LOGPROBS == 0

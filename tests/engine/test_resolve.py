@@ -1,0 +1,118 @@
+"""What every "auto" becomes, and how many pages a memory holds: tables over pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.batch import lattice
+from engine.config import EngineConfig, EngineOptions, options_from_dict
+from engine.errors import CapacityError, InvalidParam
+from engine.resolve import GIB, DeviceFacts, resolve, usable_bytes, with_pages
+from tests.engine.world import MODEL
+
+CPU = DeviceFacts("cpu", 16 * GIB, fast_bfloat16=False)
+CPU_BF16 = DeviceFacts("cpu", 16 * GIB, fast_bfloat16=True)
+GPU = DeviceFacts("gpu", 80 * GIB, fast_bfloat16=True)
+TPU = DeviceFacts("tpu", 32 * GIB, fast_bfloat16=True)
+
+
+def resolved(device: DeviceFacts = CPU, native: str = "bfloat16", **options: Any) -> EngineConfig:
+    return resolve(EngineOptions(**options), MODEL, native, device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "native", "device", "expected"),
+    [
+        ("auto", "bfloat16", CPU, "float32"),
+        ("auto", "bfloat16", CPU_BF16, "bfloat16"),
+        ("auto", "bfloat16", GPU, "bfloat16"),
+        ("auto", "float16", GPU, "bfloat16"),
+        ("auto", "float32", GPU, "float32"),
+        ("bfloat16", "float32", CPU, "bfloat16"),
+        ("float32", "bfloat16", TPU, "float32"),
+    ],
+)
+def test_dtype(asked: str, native: str, device: DeviceFacts, expected: str) -> None:
+    assert resolved(device, native, dtype=asked).dtype == expected
+
+
+@pytest.mark.parametrize("device", [CPU, GPU, TPU], ids=lambda d: d.platform)
+@pytest.mark.parametrize("seqs", [None, 1, 2, 3, 7, 64])
+@pytest.mark.parametrize("tokens", [None, 1, 31, 32, 33, 100])
+def test_buckets_ascend_and_end_at_what_was_asked(device: DeviceFacts, seqs: int | None, tokens: int | None) -> None:
+    config = resolved(device, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    assert seqs is None or config.max_num_seqs == seqs
+    assert tokens is None or config.max_num_batched_tokens == tokens
+    assert config.token_buckets[-1] == config.max_num_batched_tokens
+    assert config.prefill_decode_buckets == (0, config.max_num_seqs)
+    assert config.decode_buckets[-1] >= config.max_num_seqs
+    for ladder in (config.token_buckets, config.decode_buckets):
+        assert list(ladder) == sorted(set(ladder)) and ladder[0] > 0
+    assert 1 <= config.max_prefill_rows <= config.max_num_seqs
+    assert len(lattice(config)) < 25, "each program costs start-up time"
+
+
+def test_options_win_over_defaults() -> None:
+    options = {"max_model_len": 100, "page_size": 8, "decode_steps": 2, "seed": 5, "max_queued_requests": 3}
+    config = resolved(**options, enable_prefix_caching=False, overlap=False)
+    assert {name: getattr(config, name) for name in options} == options
+    assert not config.enable_prefix_caching and not config.overlap and config.max_pages_per_seq == 13
+
+
+def test_context_is_the_models_unless_asked() -> None:
+    assert resolved().max_model_len == MODEL.max_position == resolved(max_model_len=512).max_model_len
+    with pytest.raises(InvalidParam, match="max_model_len: 513 is more than the model's 512"):
+        resolved(max_model_len=513)
+
+
+def pages(config: EngineConfig, wanted: int | None, page_bytes: int, used: int, device: DeviceFacts = CPU) -> int:
+    """Usable pages, without the trash page."""
+    return with_pages(config, wanted, page_bytes, used, device).num_pages - 1
+
+
+def test_pages_that_were_asked_for() -> None:
+    config = resolved()
+    assert pages(config, 1000, 100, 0) == 10 and pages(config, 1099, 100, 0) == 10 and pages(config, 100, 100, 0) == 1
+    budget = usable_bytes(CPU)
+    assert pages(config, 1000, 100, budget - 1000) == 10
+    with pytest.raises(CapacityError, match="kv_cache_memory_bytes: 1,000 bytes do not fit"):
+        pages(config, 1000, 100, budget - 999)
+    with pytest.raises(CapacityError, match="a page of 16 tokens takes 100 bytes, 99 are left"):
+        pages(config, 99, 100, 0)
+
+
+def test_pages_by_default() -> None:
+    """No more than of use; on a CPU a GiB, or one longest sequence; elsewhere what is left."""
+    config = resolved(max_num_seqs=4, max_model_len=160)
+    useful = 4 * 10
+    assert pages(config, None, 100, 0) == useful
+    assert pages(config, None, GIB // 20, 0) == 20
+    assert pages(config, None, GIB // 5, 0) == 10, "one sequence of full length"
+    assert pages(config, None, GIB, usable_bytes(CPU) - 3 * GIB) == 3, "whatever is left"
+    on_gpu = resolved(GPU, max_num_seqs=4, max_model_len=160)
+    assert pages(on_gpu, None, GIB, 0, GPU) == 20 and pages(on_gpu, None, 4 * GIB, GIB, GPU) == 18
+    for used in (usable_bytes(CPU), 2 * usable_bytes(CPU)):
+        with pytest.raises(CapacityError, match="no room for a KV cache"):
+            pages(config, None, 100, used)
+
+
+@pytest.mark.parametrize(
+    "name", ["max_num_seqs", "max_model_len", "page_size", "kv_cache_memory_bytes", "decode_steps"]
+)
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
+def test_counts_must_be_positive_integers(name: str, value: object) -> None:
+    with pytest.raises(InvalidParam) as error:
+        EngineOptions(**{name: value})  # type: ignore[arg-type]
+    assert error.value.param == name
+
+
+def test_an_unknown_option_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(InvalidParam, match="max_num_seq: is not an option of EngineOptions; did you mean max_num_seqs"):
+        options_from_dict(EngineOptions, {"max_num_seq": 3})
+    with pytest.raises(InvalidParam) as error:
+        options_from_dict(EngineOptions, {"zzz": 3})
+    assert "mean" not in str(error.value) and error.value.param == "zzz"
+    with pytest.raises(InvalidParam, match="dtype"):
+        EngineOptions(dtype="float64")  # type: ignore[arg-type]
