@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ from tests.engine.fakes import config, request
 CONFIG = config(max_num_seqs=6, token_buckets=(4, 16), prefill_decode_buckets=(0, 6), decode_buckets=(2, 6))
 
 
-def sequence(slot: int, num_prompt: int = 3, output: tuple[int, ...] = (), seed: int = 0, **params: object) -> Sequence:
+def sequence(slot: int, num_prompt: int = 3, output: tuple[int, ...] = (), seed: int = 0, **params: Any) -> Sequence:
     made = request(f"r{slot}", num_prompt, **params)
     tokens = [*made.prompt_token_ids, *output]
     return Sequence(made, 0, 0, seed, num_prompt + 9, None, tokens, slot=slot, pages=[7, 3, 9])
@@ -133,7 +135,7 @@ def test_prefill_rows() -> None:
         ({"logprobs": 1, "logit_bias": {1: 1.0}}, USES_BIAS | USES_LOGPROBS),
     ],
 )
-def test_flags(params: dict[str, object], flags: int) -> None:
+def test_flags(params: dict[str, Any], flags: int) -> None:
     seq = sequence(0, **params)
     assert sampling_row(seq)["flags"] == flags
     assert needs_configure(seq) == bool(flags & ~USES_LOGPROBS)

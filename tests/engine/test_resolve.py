@@ -55,7 +55,13 @@ def test_buckets_ascend_and_end_at_what_was_asked(device: DeviceFacts, seqs: int
 
 
 def test_options_win_over_defaults() -> None:
-    options = {"max_model_len": 100, "page_size": 8, "decode_steps": 2, "seed": 5, "max_queued_requests": 3}
+    options: dict[str, Any] = {
+        "max_model_len": 100,
+        "page_size": 8,
+        "decode_steps": 2,
+        "seed": 5,
+        "max_queued_requests": 3,
+    }
     config = resolved(**options, enable_prefix_caching=False, overlap=False)
     assert {name: getattr(config, name) for name in options} == options
     assert not config.enable_prefix_caching and not config.overlap and config.max_pages_per_seq == 13
