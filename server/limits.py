@@ -111,6 +111,7 @@ def bounded_protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._head_bytes: int | None = 0  # None while a body arrives
+            self._has_ended = False  # a message, in the bytes at hand
             self._head_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -132,12 +133,14 @@ def bounded_protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            self._head_bytes = 0
+            self._head_bytes, self._has_ended = 0, True
             super().on_message_complete()
 
         def data_received(self, data: bytes) -> None:
+            self._has_ended = False
             super().data_received(data)
-            if self._head_bytes is None or self.transport.is_closing():
+            # Bytes that a message ended in are its body, but for the little that may come behind it.
+            if self._head_bytes is None or self._has_ended or self.transport.is_closing():
                 return
             self._head_bytes += len(data)
             if self._head_bytes > options.max_header_bytes:
