@@ -73,6 +73,7 @@ class Routes:
             ("/v1/models/{model:path}", self.model, "GET"),
             ("/tokenize", self.tokenize, "POST"),
             ("/detokenize", self.detokenize, "POST"),
+            ("/tokenizer_info", self.tokenizer_info, "GET"),
             ("/health", self.health, "GET"),
             ("/ping", self.ping, "GET"),
             ("/ready", self.ready, "GET"),
@@ -165,6 +166,10 @@ class Routes:
         if max(body.tokens, default=0) >= engine.vocab_size:
             raise InvalidParam("tokens", f"token ids must be below {engine.vocab_size}")
         return {"prompt": _tokenizer(engine).decode(body.tokens, skip_special_tokens=False)}
+
+    async def tokenizer_info(self) -> Response:
+        """vLLM's, by which lm-eval knows that it needs no tokenizer of its own. Templates stay here."""
+        return _json({"tokenizer_class": "Octavo", **_tokenizer(self.lifecycle.serving()).special_tokens})
 
     def _model_id(self, engine: EngineHandle) -> str:
         return self.options.served_model_name or engine.model_name

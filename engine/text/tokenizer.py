@@ -71,6 +71,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return "default" in self._templates
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Role (bos_token, eos_token, ...) to its spelling."""
+        return self.parts.special_tokens
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`. With `parse_special=False`, "<|im_end|>" is just these characters.
 

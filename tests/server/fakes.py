@@ -30,6 +30,7 @@ CONFIG = EngineConfig(
 class ByteTokenizer:
     vocab_size = VOCAB
     bos_token_id = BOS
+    special_tokens = {"bos_token": SPECIAL[BOS], "eos_token": SPECIAL[END]}  # noqa: RUF012 - read only
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         return list(text.encode())
