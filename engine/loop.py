@@ -232,6 +232,9 @@ class Engine:
                 raise InvalidParam(name, f"token ids must be between 0 and {last}")
         if len(stop_token_ids(request)) > MAX_STOP_IDS:
             raise InvalidParam("stop_token_ids", f"at most {MAX_STOP_IDS} with the model's own end tokens")
+        forbidden = {*request.banned_token_ids, *(stop_token_ids(request) if params.min_tokens else ())}
+        if params.allowed_token_ids and forbidden.issuperset(params.allowed_token_ids):
+            raise InvalidParam("allowed_token_ids", "leave no token that may be drawn")
         if params.stop and (self.tokenizer is None or not params.detokenize):
             raise InvalidParam("stop", "stop strings need a tokenizer and detokenize")
 

@@ -229,6 +229,7 @@ def test_queue_is_bounded_in_choices() -> None:
         (request("a", [1], allowed_token_ids=(0, -3)), "allowed_token_ids"),
         (request("a", [1], stop_token_ids=tuple(range(30)), end=(40, 41, 42)), "stop_token_ids"),
         (request("a", [1], stop=("x",)), "stop"),
+        (request("a", [1], allowed_token_ids=(5, 6), min_tokens=1, stop_token_ids=(5,), end=(6,)), "allowed_token_ids"),
         (
             Request(request_id="a", prompt_token_ids=(1,), params=SamplingParams(), banned_token_ids=(VOCAB,)),
             "bad_words",
@@ -339,7 +340,15 @@ def test_drain_gives_up_in_time_and_stop_aborts_what_is_left() -> None:
     assert client.finished == {0: FinishReason.ABORT}
 
 
-def test_what_was_submitted_just_before_stop_has_an_ending() -> None:
+def test_what_was_submitted_just_before_the_end_has_an_ending() -> None:
+    engine = engine_of()
+    client = submit(engine, request("a", 5))
+    engine.stop()
+    engine._run()  # as when the thread looks at `_stopping` right after an empty inbox
+    assert client.finished == {0: FinishReason.ABORT}
+
+
+def test_what_was_submitted_while_stopping_has_an_ending() -> None:
     for _ in range(50):
         engine = engine_of().start()
         clients = [submit(engine, request(f"r{i}", 5, max_tokens=1000 // 50)) for i in range(3)]

@@ -222,6 +222,16 @@ def test_the_newest_are_preempted_and_nothing_is_lost(depth: int) -> None:
     assert len(sim.endings) == 4
 
 
+def test_nobody_is_admitted_into_the_next_page_of_the_running() -> None:
+    sim = Sim(config(num_pages=8))
+    sim.add("a", 12, max_tokens=12)
+    sim.add("b", 16, max_tokens=1)
+    assert [row.seq.request.request_id for row in (sim.step() or pytest.fail()).prefill_rows] == ["a"]
+    sim.run()
+    sim.check_tokens()
+    assert sim.scheduler.counters.num_preemptions == 0
+
+
 # -- sharing ----------------------------------------------------------------------------------
 
 
@@ -259,13 +269,15 @@ def test_an_equal_prompt_is_found_but_its_last_token_is_computed() -> None:
     sim.check_tokens()
 
 
-def test_output_is_found_by_the_next_turn() -> None:
+@pytest.mark.parametrize(("max_tokens", "cached"), [(17, 24), (18, 24), (19, 28), (20, 28)])
+def test_output_is_found_by_the_next_turn(max_tokens: int, cached: int) -> None:
+    """All full pages with KV: the last token has none, it was never fed."""
     sim = Sim()
-    first = sim.add("a", 10, max_tokens=20)
+    first = sim.add("a", 10, max_tokens=max_tokens)
     sim.run()
     sim.add("b", [*first.prompt_token_ids, *sim.tokens["a", 0], 1, 2], max_tokens=3)
     sim.run()
-    assert sim.events[-1].num_cached_tokens == 28, "of 30 tokens all full pages with KV"
+    assert sim.events[-1].num_cached_tokens == cached
     sim.check_tokens()
 
 
