@@ -82,7 +82,10 @@ def other_shape(folder: Path, _: Path) -> Path:
 
 
 def missing_tensor(folder: Path, _: Path) -> Path:
-    return edited_safetensors(folder, lambda header: header.pop("model.norm.weight"))
+    def edit(header: dict[str, Any]) -> None:  # the bytes stay accounted for, under another name
+        header["model.nothing.weight"] = header.pop("model.norm.weight")
+
+    return edited_safetensors(folder, edit)
 
 
 def huge_header(folder: Path, _: Path) -> Path:
@@ -105,7 +108,7 @@ def unknown_architecture(folder: Path, _: Path) -> Path:
 
 
 def unhandled_setting(folder: Path, _: Path) -> Path:
-    return edited_config(folder, rope_scaling={"rope_type": "spiral", "factor": 2.0})
+    return edited_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4, "factor": 2.0})
 
 
 def nothing(folder: Path, _: Path) -> Path:
@@ -158,13 +161,13 @@ def test_damaged_file_of_a_known_model(default_model_path: Path, tmp_path: Path)
         (["serve", "--kv-cache-memory-bytes", str(10**15)], 1, "kv_cache_memory_bytes: 1,000,000,000,000,000 bytes"),
         (["serve", "--kv-cache-memory-bytes", "1000"], 1, "no room for a KV cache: a page of 16 tokens takes"),
         (["serve", "--max-model-len", "100000"], 1, "max_model_len: 100000 is more than the model's 8192"),
-        (["serve", "--max-num-seqs", "0"], 2, "max_num_seqs: must be a positive integer"),
-        (["serve", "--port", "70000"], 2, "port: must be at most 65535"),
+        (["serve", "--max-num-seqs", "0"], 2, "--max-num-seqs: must be a positive integer"),
+        (["serve", "--port", "70000"], 2, "--port: must be at most 65535"),
         (["serve", "--kv-cache-memory-byte", "1"], 2, "did you mean --kv-cache-memory-bytes"),
-        (["serve", ""], 2, "model: must not be empty"),
-        (["generate", "hello", "--temperature", "nan"], 2, "temperature: must be between"),
+        (["serve", ""], 2, "--model: must not be empty"),
+        (["generate", "hello", "--temperature", "nan"], 2, "--temperature: must be between"),
         (["generate", "hello", "--config", "nosuch.yaml"], 2, "nosuch.yaml"),
-        (["generate", ""], 2, "prompt: must not be empty"),
+        (["generate", ""], 2, "--prompt: must not be empty"),
         (["batch", "-i", "nosuch.jsonl", "-o", "out.jsonl"], 1, "nosuch.jsonl: No such file"),
         (["convert", MODEL, "tests"], 1, "tests exists already"),
     ],
@@ -251,6 +254,14 @@ def test_numbers_that_are_none(http: httpx.Client, control: str, name: str, valu
     answer = http.post("/v1/completions", content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == name
     assert http.post("/v1/completions", json=PROMPT).json()["choices"][0]["text"] == control
+
+
+def test_long_text_that_fits(http: httpx.Client) -> None:
+    """A body far larger than the bound on headers, and a prompt of most of the context."""
+    found = http.post("/tokenize", json={"prompt": "word " * (MB // 5)})
+    assert found.status_code == 200 and found.json()["count"] > MB // 5
+    answer = http.post("/v1/completions", json=PROMPT | {"prompt": " abracadabra" * 1000, "user": "x" * MB})
+    assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] > 3000
 
 
 def test_long_chat(http: httpx.Client, control: str) -> None:
