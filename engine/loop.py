@@ -13,30 +13,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
+from engine.outbox import INTERNAL_ERROR, Outbox, Sink, error_delta
 from engine.plan import PendingStep, StepRunner
-from engine.request import MAX_STOP_IDS, FinishReason, Request, TextDelta, TokenEvent
+from engine.request import MAX_STOP_IDS, Request
 from engine.scheduler import Scheduler
 from engine.sequence import stop_token_ids
 from engine.stats import Counters, EngineStats
-from engine.text import TextStream, Tokenizer
+from engine.text import Tokenizer
 
-Sink = Callable[[list[TextDelta]], None]
 log = logging.getLogger("octavo.engine")
-INTERNAL_ERROR = "the engine failed this request"
-
-
-@dataclass
-class Live:
-    """An admitted request: where its deltas go, and the text state of each choice still open."""
-
-    request: Request
-    sink: Sink
-    streams: dict[int, TextStream]
 
 
 class Engine:
@@ -61,9 +50,9 @@ class Engine:
         self.end_token_ids = end_token_ids
         self.counters = counters or Counters()
         self.scheduler = Scheduler(config, self.counters)
+        self.outbox = Outbox(self.scheduler.end)
         self.failure: str | None = None  # why the thread died
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._live: dict[str, Live] = {}
         self._pending: PendingStep | None = None
         self._draining = self._stopping = False
         self._last_step_s = time.monotonic()
@@ -91,7 +80,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is. Unknown and finished ids are fine."""
-        self._inbox.put(lambda: self._deliver(self.scheduler.abort(request_id)))
+        self._inbox.put(lambda: self.outbox.deliver(self.scheduler.abort(request_id)))
 
     def _check_open(self) -> None:
         if self._draining or self.failure is not None:
@@ -135,10 +124,10 @@ class Engine:
             self._draining = True
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.failure is None:
-            if not (self._live or self._num_submitted):
+            if not (self.outbox or self._num_submitted):
                 return True
             time.sleep(0.01)
-        return not self._live
+        return not self.outbox
 
     def stop(self) -> None:
         """End what is left with ABORT and join the thread."""
@@ -158,15 +147,13 @@ class Engine:
                 self._read_inbox(block=not worked)
             self._read_inbox(block=False)
             self._guarded(self._settle)
-            for request_id in list(self._live):
-                self._deliver(self.scheduler.abort(request_id))
+            for request_id in self.outbox.ids():
+                self.outbox.deliver(self.scheduler.abort(request_id))
         except BaseException as error:  # the thread's end: say why, leave no client waiting
             log.exception("the engine's thread died")
             with self._lock:
                 self.failure = type(error).__name__
-            left, self._live = self._live, {}
-            for live in left.values():
-                live.sink([_error_delta(live.request.request_id, i) for i in live.streams])
+            self.outbox.fail_all(INTERNAL_ERROR)
             self._read_inbox(block=False)
 
     def run_once(self) -> bool:
@@ -189,7 +176,7 @@ class Engine:
     def _commit(self, pending: PendingStep) -> None:
         result = pending.result()
         self._last_step_s = time.monotonic()
-        self._deliver(self.scheduler.commit(pending.plan, result))
+        self.outbox.deliver(self.scheduler.commit(pending.plan, result))
 
     def _settle(self) -> None:
         """Read the step in flight, if there is one."""
@@ -205,7 +192,7 @@ class Engine:
             log.exception("a step failed; running requests end with an error")
             self._pending = None
             self.runner.reset()
-            self._deliver(self.scheduler.fail_all(INTERNAL_ERROR))
+            self.outbox.deliver(self.scheduler.fail_all(INTERNAL_ERROR))
             return True
 
     def _read_inbox(self, block: bool) -> None:
@@ -239,59 +226,15 @@ class Engine:
             raise InvalidParam("stop", "stop strings need a tokenizer and detokenize")
 
     def _add(self, request: Request, sink: Sink) -> None:
-        params, tokenizer = request.params, self.tokenizer if request.params.detokenize else None
         try:
             if self.failure is not None:
                 raise EngineStopped(self.failure)
-            if request.request_id in self._live:
+            if request.request_id in self.outbox:
                 raise InvalidParam("request_id", f"{request.request_id} is in use")
             self.scheduler.add(request)
-            streams = {i: TextStream(tokenizer, params, request.prompt_token_ids) for i in range(params.n)}
-            self._live[request.request_id] = Live(request, sink, streams)
+            self.outbox.open(request, sink, self.tokenizer)
         except OctavoError as error:
-            sink([_error_delta(request.request_id, i, str(error)) for i in range(params.n)])
+            sink([error_delta(request.request_id, i, str(error)) for i in range(request.params.n)])
         finally:
             with self._lock:
-                self._num_submitted -= params.n
-
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        """Events -> deltas, one sink call a request; a stop string ends its choice here."""
-        by_request: dict[str, list[TextDelta]] = {}
-        for event in events:
-            live = self._live.get(event.request_id)
-            if live is None or event.index not in live.streams:
-                continue
-            by_request.setdefault(event.request_id, []).append(self._guarded_delta(live, event))
-        for request_id, deltas in by_request.items():
-            live = self._live[request_id]
-            if not live.streams:
-                del self._live[request_id]
-            live.sink(deltas)
-
-    def _guarded_delta(self, live: Live, event: TokenEvent) -> TextDelta:
-        """A fault in one request's text ends that choice alone."""
-        try:
-            return self._to_delta(live, event)
-        except Exception:  # a bug in detokenizing must not reach the neighbours
-            log.exception("text of request %s failed", event.request_id)
-            self._finish(event)
-            del live.streams[event.index]
-            return _error_delta(event.request_id, event.index)
-
-    def _to_delta(self, live: Live, event: TokenEvent) -> TextDelta:
-        stream = live.streams[event.index]
-        delta = stream.push(event)
-        if stream.stopped and event.finish_reason is None:
-            self._finish(event)
-        if delta.finish_reason is not None:
-            del live.streams[event.index]
-        return delta
-
-    def _finish(self, event: TokenEvent) -> None:
-        seq = self.scheduler.find(event.request_id, event.index)
-        if seq is not None:
-            self.scheduler.finish(seq)
-
-
-def _error_delta(request_id: str, index: int, message: str = INTERNAL_ERROR) -> TextDelta:
-    return TextDelta(request_id=request_id, index=index, finish_reason=FinishReason.ERROR, error=message)
+                self._num_submitted -= request.params.n

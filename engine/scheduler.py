@@ -83,8 +83,12 @@ class Scheduler:
             self.finish(seq)
         return [TokenEvent(request_id=request_id, index=seq.index, finish_reason=FinishReason.ABORT) for seq in mine]
 
-    def find(self, request_id: str, index: int) -> Sequence | None:
-        return next((s for s in self.sequences() if s.index == index and s.request.request_id == request_id), None)
+    def end(self, request_id: str, index: int) -> None:
+        """End one choice without an event. Unknown and finished ones are fine."""
+        for seq in self.sequences():
+            if seq.index == index and seq.request.request_id == request_id:
+                self.finish(seq)
+                return
 
     def sequences(self) -> Iterator[Sequence]:
         """Every unfinished sequence."""

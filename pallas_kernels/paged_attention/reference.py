@@ -99,7 +99,7 @@ def prefill(
             kv = kv_pages[pages].astype(jnp.float32).reshape(chunk, kv_heads, 2, head_dim)
             kv = jnp.transpose(kv, (1, 2, 0, 3))
             v = jnp.where((kv_pos < kv_len)[None, :, None], kv[:, 1], 0.0)
-            seen = kv_pos[None, :] <= q_pos[:, None]
+            seen = (kv_pos[None, :] <= q_pos[:, None]) & (kv_pos < kv_len)[None, :]  # padding queries reach past
             if window:
                 seen &= kv_pos[None, :] > q_pos[:, None] - window
             scores = _product("kqd,kcd->kqc", queries, kv[:, 0])

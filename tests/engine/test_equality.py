@@ -83,7 +83,7 @@ def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
             engine.abort(rng.choice(clients).request.request_id)
         if to_come:
             step(engine)
-    assert not engine._live and not engine.scheduler.cache.pool.num_held
+    assert not engine.outbox and not engine.scheduler.cache.pool.num_held
     for client in clients:
         assert set(client.finished) == set(range(client.request.params.n)), "every choice has one ending"
         for index, reason in client.finished.items():

@@ -104,7 +104,7 @@ def test_a_failed_step_ends_its_requests_and_not_the_engine(where: str, number: 
     for client in clients:
         assert client.finished == {0: FinishReason.ERROR, 1: FinishReason.ERROR}
         assert client.deltas[0][-1].error == "the engine failed this request"
-    assert device(engine).num_resets == 1 and not engine._live
+    assert device(engine).num_resets == 1 and not engine.outbox
     after = submit(engine, request("after", 20, max_tokens=20, seed=3))
     run_guarded(engine)
     assert after.tokens[0] == expected_tokens(after.request, 3) and after.finished == {0: FinishReason.LENGTH}
@@ -193,7 +193,7 @@ def test_a_fault_in_one_text_ends_that_choice_alone(overlap: bool) -> None:
     run_guarded(engine)
     assert bad.finished == {0: FinishReason.ERROR}
     assert good.finished == {0: FinishReason.LENGTH} and good.tokens[0] == expected_tokens(good.request, 1)
-    assert device(engine).num_resets == 0 and not engine._live
+    assert device(engine).num_resets == 0 and not engine.outbox
 
 
 def test_without_tokenizer_there_is_no_text() -> None:
@@ -275,7 +275,7 @@ def test_abort_tells_each_unfinished_choice_once(overlap: bool) -> None:
         engine.abort("nobody")
         run_guarded(engine)
         assert client.finished == dict.fromkeys(range(3), FinishReason.ABORT)
-        assert not engine._live and not engine.scheduler.cache.pool.num_held
+        assert not engine.outbox and not engine.scheduler.cache.pool.num_held
 
 
 @BOTH
@@ -413,8 +413,7 @@ def test_nan_in_one_requests_pages_ends_it_alone_and_the_pages_are_good_afterwar
         for name, prompt in prompts.items()
     }
     step(engine)
-    seq = engine.scheduler.find("bad", 0)
-    assert seq is not None
+    seq = next(s for s in engine.scheduler.sequences() if s.request.request_id == "bad")
     pages = np.asarray(seq.pages)
     w.runner._kv = [layer.at[pages].set(np.nan) for layer in w.runner._kv]
     run(engine)
@@ -437,3 +436,16 @@ def test_the_whole_pool_may_be_stale() -> None:
     run(engine)
     for client in clients:
         check_choice(w, client.request, 0, client.tokens[0], client.finished[0])
+
+
+def test_a_sink_that_raises_ends_its_request_alone() -> None:
+    engine = engine_of()
+    neighbour = submit(engine, request("neighbour", 3, max_tokens=6, seed=9))
+
+    def broken(deltas: object) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    engine.submit(request("broken", [1, 2, 3], max_tokens=50), broken)
+    run(engine)
+    assert neighbour.tokens[0] == expected_tokens(neighbour.request, 9)
+    assert not engine.outbox and not engine.scheduler.cache.pool.num_held

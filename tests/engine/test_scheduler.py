@@ -360,8 +360,8 @@ def test_finish_twice_and_while_in_flight_is_harmless() -> None:
     sim.add("a", 6, max_tokens=30)
     sim.step()
     sim.step()
-    seq = sim.scheduler.find("a", 0)
-    assert seq is not None and seq.in_flight
+    seq = next(s for s in sim.scheduler.sequences() if (s.request.request_id, s.index) == ("a", 0))
+    assert seq.in_flight
     sim.scheduler.finish(seq)
     sim.scheduler.finish(seq)
     sim.add("b", 6, max_tokens=5)  # takes the slot while the old step is in flight
