@@ -28,6 +28,10 @@ SEEDED: dict[str, Any] = {"model": MODEL, "temperature": 1.0, "top_p": 0.95, "se
 CLOSE = 2e-4  # of two float32 log-softmaxes over one model, batched differently
 
 
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     top = wide.max(-1, keepdims=True)
@@ -137,7 +141,7 @@ def test_choices_differ_and_the_first_is_the_only_one(client: openai.OpenAI) -> 
     assert two.choices[0].message.content == one.choices[0].message.content != two.choices[1].message.content
     assert one.usage is not None and two.usage is not None
     assert two.usage.prompt_tokens == one.usage.prompt_tokens
-    other = client.chat.completions.create(messages=MESSAGES, **(SEEDED | {"seed": 5}))
+    other = client.chat.completions.create(messages=MESSAGES, **merged(SEEDED, {"seed": 5}))
     assert other.choices[0].message.content != one.choices[0].message.content
 
 
@@ -147,7 +151,7 @@ async def test_neighbours_change_nothing(aclient: openai.AsyncOpenAI, params: di
 
     async def ids(prompt: Any, **more: Any) -> list[int]:
         answer = await aclient.completions.create(
-            prompt=prompt, extra_body={"return_token_ids": True}, **(params | {"max_tokens": 40} | more)
+            prompt=prompt, extra_body={"return_token_ids": True}, **merged(params, {"max_tokens": 40}, more)
         )
         return answer.choices[0].token_ids  # type: ignore[attr-defined]
 
@@ -193,7 +197,9 @@ def test_penalties_by_hand(client: openai.OpenAI, llm: LLM, penalties: dict[str,
     """Greedy under a penalty, worked out token by token from the model's logits."""
     extra = {"return_token_ids": True, "ignore_eos": True} | penalties.get("extra_body", {})
     text = "one two one two one two one"
-    answer = client.completions.create(prompt=text, **(GREEDY | penalties | {"max_tokens": 12, "extra_body": extra}))
+    answer = client.completions.create(
+        prompt=text, **merged(GREEDY, penalties, {"max_tokens": 12, "extra_body": extra})
+    )
     prompt = answer.choices[0].prompt_token_ids  # type: ignore[attr-defined]
     frequency, presence = penalties.get("frequency_penalty", 0.0), penalties.get("presence_penalty", 0.0)
     repetition = extra.get("repetition_penalty", 1.0)
@@ -207,7 +213,7 @@ def test_penalties_by_hand(client: openai.OpenAI, llm: LLM, penalties: dict[str,
         ids.append(int(logits.argmax()))
     assert answer.choices[0].token_ids == ids  # type: ignore[attr-defined]
     free = client.completions.create(
-        prompt=text, extra_body={"return_token_ids": True}, **(GREEDY | {"max_tokens": 12})
+        prompt=text, extra_body={"return_token_ids": True}, **merged(GREEDY, {"max_tokens": 12})
     )
     assert free.choices[0].token_ids != ids  # type: ignore[attr-defined]
 
@@ -366,7 +372,7 @@ def test_models(client: openai.OpenAI) -> None:
 )
 def test_error_classes(client: openai.OpenAI, fields: dict[str, Any], kind: type, param: str) -> None:
     with pytest.raises(kind) as refused:
-        client.completions.create(**({"model": MODEL, "prompt": PROMPT} | fields))
+        client.completions.create(**merged({"model": MODEL, "prompt": PROMPT}, fields))
     error = refused.value
     assert error.param == param and error.request_id and error.type == "invalid_request_error"
     assert param in error.message

@@ -177,7 +177,7 @@ async def test_preemption_compiles_nothing_and_changes_nothing(server: Served, t
         answers = await asyncio.gather(*(http.post(TEXT, json=body) for body in bodies))
     wanted = [answer.json()["choices"][0]["text"] for answer in answers]
     page_bytes = 16 * 30 * 2 * 3 * 64 * 4  # tokens, layers, k and v, heads, head size, float32
-    small = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    small: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     with running(tmp_path, kv_cache_memory_bytes=16 * page_bytes, **small) as tiny:
         before = tiny.metrics()
         asked = Asked(tiny.url)
