@@ -6,6 +6,7 @@ A program is called with flat lists of arrays, so a call costs no tree traversal
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from engine.stats import Counters
 
 log = logging.getLogger("octavo.engine")
 Report = Callable[[str, float], None]  # phase, progress 0 to 1
-_SOURCES = ("engine", "pallas_kernels", "sharding")
+_PACKAGES = ("engine", "pallas_kernels", "sharding")
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,29 @@ def _digest(facts: dict[str, Any]) -> str:
     digest.update(os.environ.get("XLA_FLAGS", "").encode())
     if device.platform == "cpu":
         digest.update(_cpu_features().encode())
-    root = Path(__file__).resolve().parent.parent
-    for source in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
-        digest.update(source.read_bytes())
+    for name, source in sorted(sources_of("engine.programs").items()):
+        digest.update(name.encode() + source)
     return digest.hexdigest()[:32]
+
+
+def sources_of(module: str) -> dict[str, bytes]:
+    """Every module of ours that `module` imports, directly or not: what can shape its programs."""
+    root = Path(__file__).parent.parent
+    found: dict[str, bytes] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        path = root.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or name.split(".")[0] not in _PACKAGES or not path.exists():
+            continue
+        found[name] = path.read_bytes()
+        for node in ast.parse(found[name]).body:  # not what is imported late or for types
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def _sound(data: bytes) -> bytes | None:

@@ -21,6 +21,7 @@ from engine.executables import (
     compile_all,
     compile_one,
     count_compiles,
+    sources_of,
 )
 from engine.stats import Counters
 from tests.engine.fakes import CONFIG, config
@@ -162,3 +163,10 @@ def test_compiles_after_ready_are_counted_apart() -> None:
     counters.ready = True
     compile_one(program(), NoProgramCache())
     assert (counters.compiles, counters.compiles_after_ready) == (2, 1)
+
+
+def test_the_cache_key_holds_what_shapes_programs_and_no_more() -> None:
+    sources = sources_of("engine.programs")
+    assert {"engine.steps", "engine.sampler", "engine.model.decoder", "pallas_kernels.kv_write.api"} <= set(sources)
+    assert "pallas_kernels.paged_attention.reference" in sources and "sharding.params" in sources
+    assert not {"engine.loop", "engine.scheduler", "engine.text"} & set(sources), "editing these recompiles nothing"
