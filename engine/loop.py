@@ -6,6 +6,7 @@ oracle. Knows nothing about HTTP. Sinks are called from this thread and must not
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import queue
@@ -63,6 +64,8 @@ class Engine:
     # -- called from any thread ---------------------------------------------------------------
 
     def start(self) -> Engine:
+        """Start the thread. It is stopped before the interpreter tears JAX down, should nobody call `stop`."""
+        atexit.register(self.stop)
         self._thread.start()
         return self
 
@@ -131,6 +134,7 @@ class Engine:
 
     def stop(self) -> None:
         """End what is left with ABORT and join the thread."""
+        atexit.unregister(self.stop)
         with self._lock:
             self._draining = self._stopping = True
         self._inbox.put(lambda: None)  # wakes the thread

@@ -41,7 +41,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "cpu": Defaults(32, 512, 8, 16, 4, 32, 2),
+    "cpu": Defaults(32, 512, 8, 16, 2, 32, 2),  # 2 steps a call: as fast as 4, and half the wait for newcomers
     "gpu": Defaults(256, 4096, 16, 32, 8, 64, 4),
     "tpu": Defaults(256, 4096, 16, 32, 8, 64, 8),
 }
