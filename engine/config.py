@@ -82,6 +82,10 @@ class EngineConfig:
     def max_pages_per_seq(self) -> int:
         return -(-self.max_model_len // self.page_size)
 
+    def summary(self) -> str:
+        """Every field, on one line."""
+        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self))
+
 
 def options_from_dict(cls: type, values: dict[str, Any]) -> Any:
     """An options dataclass from plain data. An unknown name is an error with the nearest one."""

@@ -6,13 +6,15 @@ from engine.config import EngineOptions
 from engine.llm import load_engine
 from server.config import ServerOptions
 from server.lifecycle import EngineHandle, Report
-from server.process import run
+from server.process import run, say
 
 
 def serve(engine_options: EngineOptions, server_options: ServerOptions) -> int:
     """Load a model and serve it until a signal or a failure. Returns the exit code."""
 
     def launch(report: Report) -> EngineHandle:
-        return load_engine(engine_options, report).start()
+        engine = load_engine(engine_options, report).start()
+        say(f"{engine.model_name}: {engine.config.summary()}")
+        return engine
 
     return run(launch, server_options)
