@@ -1,0 +1,77 @@
+"""x @ w for a packed weight: the public function, its checks, and the choice of implementation.
+
+x is [tokens, K] in float32, bfloat16 or float16, w a `Quantized` of shape [K, N]; the result is
+[tokens, N] in x's dtype, accumulated in float32 (int32 where int8 meets int8, within a group).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax import Array
+
+from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.quantized import Activations, Quantized, WeightFormat
+from pallas_kernels.quantized_matmul import reference
+from pallas_kernels.target import Target
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """What a choice depends on."""
+
+    tokens: int
+    k: int
+    n: int
+    dtype: str  # of x and the result
+    format: WeightFormat
+    group: int  # k: per channel
+    offsets: bool = False
+    activations: Activations = "float"
+    scale_dtype: str = "float32"
+
+
+CANDIDATES: tuple[Implementation[MatmulSpec], ...] = (Implementation("reference", never, reference.run),)
+
+
+def choice(spec: MatmulSpec, target: Target) -> Choice[MatmulSpec]:
+    """What serves a call of these shapes on this chip, and why not the others."""
+    return choose("quantized_matmul", CANDIDATES, spec, target)
+
+
+def quantized_matmul(x: Array, w: Quantized, *, target: Target) -> Array:
+    """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype.
+
+    With w.activations == "dynamic" each row of x is first rounded to the weight's format, with a
+    scale of its own. A row of x that is not finite spoils its own result only.
+    """
+    run = choice(_spec(x, w), target).implementation.run
+    return run(x, w, target=target)
+
+
+def _spec(x: Array, w: Quantized) -> MatmulSpec:
+    """The call's spec, once its shapes fit together; ValueError names the numbers that do not."""
+    if x.ndim != 2 or len(w.shape) != 2:
+        raise ValueError(f"x {x.shape} and w {w.shape} must have two dimensions each")
+    (tokens, k), (rows, n) = x.shape, w.shape
+    if k != rows:
+        raise ValueError(f"x has K {k}, the weight {rows}")
+    if str(x.dtype) not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"x is {x.dtype}; float32, bfloat16 and float16 are supported")
+    if rows % w.scales.shape[0] or w.scales.shape[1] != n:
+        raise ValueError(f"scales {w.scales.shape} do not divide a weight of {w.shape}")
+    if w.offsets is not None and w.offsets.shape != w.scales.shape:
+        raise ValueError(f"offsets {w.offsets.shape} must be like scales {w.scales.shape}")
+    if w.activations == "dynamic" and (w.format == "int4" or w.offsets is not None):
+        raise ValueError(f"dynamic activations need a symmetric 8-bit weight, not {w.format}")
+    return MatmulSpec(
+        tokens=tokens,
+        k=k,
+        n=n,
+        dtype=str(x.dtype),
+        format=w.format,
+        group=w.group,
+        offsets=w.offsets is not None,
+        activations=w.activations,
+        scale_dtype=str(w.scales.dtype),
+    )
