@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+from dataclasses import dataclass
+
 from jax import Array
 
+from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.kv_layout import KVLayout, pack_rows
+from pallas_kernels.kv_write import reference
+from pallas_kernels.target import Target
 
-def write_kv(kv_pages: Array, k: Array, v: Array, page_ids: Array, offsets: Array) -> Array:
-    """kv_pages [pages, page_size, 2 * kv_heads * head_dim] with k and v [tokens, kv_heads, head_dim] stored.
 
-    Each KV head's key is followed by its value, in one dimension: on a TPU (2 * kv_heads, head_dim)
-    would be padded to whole tiles. page_ids, offsets: int32 [tokens], in range. Tokens without an
-    owner go to the trash page; which of several stays there is undefined.
+@dataclass(frozen=True)
+class WriteSpec:
+    """What a choice depends on."""
+
+    tokens: int
+    page_size: int
+    layout: KVLayout
+
+
+CANDIDATES: tuple[Implementation[WriteSpec], ...] = (Implementation("reference", never, reference.write_rows),)
+
+
+def choice(spec: WriteSpec, target: Target) -> Choice[WriteSpec]:
+    """What serves a call of these shapes on this chip, and why not the others."""
+    return choose("kv_write", CANDIDATES, spec, target)
+
+
+def write_kv(
+    kv_pages: Array, k: Array, v: Array, page_ids: Array, offsets: Array, *, layout: KVLayout, target: Target
+) -> Array:
+    """kv_pages [pages, page_size, layout.width] with k and v [tokens, kv_heads, head_dim] stored.
+
+    page_ids, offsets: int32 [tokens], in range. Tokens without an owner go to the trash page;
+    which of several stays there is undefined; no other place is written twice in a call.
     """
-    if k.shape != v.shape or 2 * k.shape[1] * k.shape[2] != kv_pages.shape[2]:
-        raise ValueError(f"k {k.shape} and v {v.shape} do not fit pages {kv_pages.shape}")
-    combined = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1)
-    return kv_pages.at[page_ids, offsets].set(combined.astype(kv_pages.dtype), mode="promise_in_bounds")
+    if k.shape != v.shape or k.shape[1:] != (layout.kv_heads, layout.head_dim):
+        raise ValueError(f"k {k.shape} and v {v.shape} do not fit {layout.kv_heads} heads of {layout.head_dim}")
+    if kv_pages.shape[2] != layout.width or kv_pages.dtype != layout.dtype:
+        raise ValueError(
+            f"pages are {kv_pages.shape[2]} wide, {kv_pages.dtype}; the layout says {layout.width}, {layout.dtype}"
+        )
+    run = choice(WriteSpec(k.shape[0], kv_pages.shape[1], layout), target).implementation.run
+    return run(kv_pages, pack_rows(k, v, layout), page_ids, offsets, target=target)

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.kv_layout import KVLayout, unpack_rows
+from pallas_kernels.target import Target
+
 CHUNK_TOKENS = 128  # keys a loop turn sees
 BLOCK_QUERIES = 128  # queries of one prompt that share a loop
 State = tuple[Array, Array, Array]  # float32: highest score, sum of weights, weighted values
@@ -23,13 +26,16 @@ def decode(
     block_tables: Array,
     kv_lens: Array,
     *,
+    layout: KVLayout,
+    target: Target,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
     rows, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // (2 * head_dim)
+    page_size, kv_heads = kv_pages.shape[1], layout.kv_heads
     group = q_heads // kv_heads
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
@@ -44,14 +50,14 @@ def decode(
         pages = jax.lax.dynamic_slice_in_dim(block_tables, i * chunk_pages, chunk_pages, axis=1)
         positions = i * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         seen = (positions >= first_seen[:, None]) & (positions < kv_lens[:, None])
-        kv = kv_pages[pages].astype(jnp.float32).reshape(rows, chunk, kv_heads, 2, head_dim)
+        kv = unpack_rows(kv_pages[pages].reshape(rows, chunk, -1), layout)
         kv = jnp.transpose(kv, (0, 2, 3, 1, 4))  # heads first, so that both products run on whole matrices
         v = jnp.where(seen[:, None, :, None], kv[:, :, 1], 0.0)  # 0 * NaN of a stale page is NaN
         scores = _product("rkgd,rkcd->rkgc", queries, kv[:, :, 0])
         state, weights = _online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
         return state[0], state[1], state[2] + _product("rkgc,rkcd->rkgd", weights, v)
 
-    state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), head_dim))
+    state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), head_dim, sinks))
     return _finish(state).astype(q.dtype).reshape(rows, q_heads, head_dim)
 
 
@@ -63,9 +69,12 @@ def prefill(
     q_lens: Array,
     positions: Array,
     *,
+    layout: KVLayout,
+    target: Target,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Ragged prompt chunks on one token axis. See `api.prefill_attention`.
 
@@ -73,7 +82,7 @@ def prefill(
     tokens; what it writes there is overwritten by that prompt's own first block.
     """
     tokens, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // (2 * head_dim)
+    page_size, kv_heads = kv_pages.shape[1], layout.kv_heads
     group = q_heads // kv_heads
     block = min(BLOCK_QUERIES, tokens)
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
@@ -96,7 +105,7 @@ def prefill(
         def turn(i: Array, state: State) -> State:
             pages = jax.lax.dynamic_slice_in_dim(table, i * chunk_pages, chunk_pages)
             kv_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            kv = kv_pages[pages].astype(jnp.float32).reshape(chunk, kv_heads, 2, head_dim)
+            kv = unpack_rows(kv_pages[pages].reshape(chunk, -1), layout)
             kv = jnp.transpose(kv, (1, 2, 0, 3))
             v = jnp.where((kv_pos < kv_len)[None, :, None], kv[:, 1], 0.0)
             seen = (kv_pos[None, :] <= q_pos[:, None]) & (kv_pos < kv_len)[None, :]  # padding queries reach past
@@ -107,7 +116,9 @@ def prefill(
             return state[0], state[1], state[2] + _product("kqc,kcd->kqd", weights, v)
 
         first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
-        state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, _initial_state((kv_heads, group * block), head_dim))
+        per_query = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), block, axis=1)
+        start_state = _initial_state((kv_heads, group * block), head_dim, per_query)
+        state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, start_state)
         result = _finish(state).reshape(kv_heads, group, block, head_dim)
         result = jnp.transpose(result, (2, 0, 1, 3)).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
@@ -131,12 +142,13 @@ def _online_softmax(
     return (new_top, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None]), weights
 
 
-def _initial_state(shape: tuple[int, ...], head_dim: int) -> State:
-    return (
-        jnp.full(shape, MASKED, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
-    )
+def _initial_state(shape: tuple[int, ...], head_dim: int, sinks: Array | None) -> State:
+    """Before any key: nothing seen, or the sink (its elements in the order of the last two dimensions of shape)."""
+    acc = jnp.zeros((*shape, head_dim), jnp.float32)
+    if sinks is None:
+        return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), acc
+    top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(shape[-2:]), shape)
+    return top, jnp.ones(shape, jnp.float32), acc
 
 
 def _finish(state: State) -> Array:

@@ -1,0 +1,167 @@
+"""Calls of paged attention filled with numbers, and dense float64 attention in numpy to check them.
+
+NaN (in int8 pages: numbers that overflow) wherever nobody may look. Every implementation's
+tests use this; see `error`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array
+
+from pallas_kernels.kv_layout import KVLayout, pack_rows
+from pallas_kernels.paged_attention import decode_attention, prefill_attention
+from pallas_kernels.paged_attention.cases import Case
+from pallas_kernels.target import CPU, Target
+
+SPARE_PAGES = 3
+TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-3}  # |error| of a row's worst head over its norm
+
+
+@cache
+def jitted(
+    attention: Callable[..., Array],
+    layout: KVLayout,
+    target: Target,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Any:
+    return jax.jit(partial(attention, layout=layout, target=target, scale=scale, softcap=softcap, window=window))
+
+
+@dataclass
+class Call:
+    """A case filled with numbers: what goes in, and for each token the dense answer."""
+
+    case: Case
+    target: Target
+    q: Array  # [tokens, q_heads, head_dim]
+    pages: Array  # [pages, page_size, layout.width]
+    tables: np.ndarray  # int32 [rows, pages_per_seq]
+    sinks: np.ndarray | None  # float32 [q_heads]
+    expected: np.ndarray  # float32 [tokens, q_heads, head_dim]; NaN for tokens of nobody
+    starts: np.ndarray  # int32 [rows], first token of each row
+
+    @property
+    def scale(self) -> float:
+        return 1.3 * self.case.head_dim**-0.5
+
+    def run(self) -> np.ndarray:
+        case, lens = self.case, np.asarray(self.case.lengths, np.int32)
+        attention = decode_attention if case.queries is None else prefill_attention
+        layout = case.layout(self.target.platform)
+        call = jitted(attention, layout, self.target, self.scale, case.softcap, case.window)
+        tables, sinks = jnp.asarray(self.tables), None if self.sinks is None else jnp.asarray(self.sinks)
+        if case.queries is None:
+            out = call(self.q, self.pages, tables, jnp.asarray(lens), sinks=sinks)
+        else:
+            counts = np.asarray(case.queries, np.int32)
+            rows = [jnp.asarray(a) for a in (self.starts, counts, lens - counts)]
+            out = call(self.q, self.pages, tables, *rows, sinks=sinks)
+        assert out.shape == self.q.shape and out.dtype == self.q.dtype
+        return np.asarray(out, np.float32)
+
+    def error(self) -> float:
+        """The worst head of the worst owned token: |got - expected| / |expected|."""
+        owned = np.isfinite(self.expected).all(axis=(1, 2))
+        got, want = self.run()[owned], self.expected[owned]
+        if not owned.any():
+            return 0.0
+        return float(np.max(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
+
+
+def dense(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, case: Case, scale: float, sinks: np.ndarray | None
+) -> np.ndarray:
+    """One query [q_heads, head_dim] at `position`, keys and values [keys, kv_heads, head_dim]; float64."""
+    group = case.q_heads // case.kv_heads
+    first = 0 if case.window is None else max(0, position - case.window + 1)
+    out = np.empty_like(q, np.float64)
+    for head in range(case.q_heads):
+        keys, values = (a[first : position + 1, head // group].astype(np.float64) for a in (k, v))
+        scores = keys @ q[head].astype(np.float64) * scale
+        if case.softcap is not None:
+            scores = case.softcap * np.tanh(scores / case.softcap)
+        if sinks is not None:  # a key of its own, whose value is zero
+            scores, values = np.append(scores, sinks[head]), np.vstack([values, np.zeros_like(values[:1])])
+        weights = np.exp(scores - scores.max())
+        out[head] = weights @ values / weights.sum()
+    return out
+
+
+def stored(rows: np.ndarray, layout: KVLayout) -> np.ndarray:
+    """float64 [tokens, kv_heads, 2, head_dim] that packed rows stand for, read byte by byte."""
+    heads = 2 * layout.kv_heads
+    values = rows[:, : heads * layout.head_width].astype(np.float64)
+    if layout.quantized:
+        exponents = rows[:, heads * layout.head_width :].view(np.int8)[:, :heads].astype(np.float64)
+        values = values * np.repeat(2.0**exponents, layout.head_width, axis=1)
+    return values.reshape(-1, layout.kv_heads, 2, layout.head_width)[..., : layout.head_dim]
+
+
+def nobody(shape: tuple[int, ...], layout: KVLayout) -> np.ndarray:
+    """Page rows that must not be looked at: NaN, or what overflows where there is none."""
+    dtype = np.dtype(getattr(ml_dtypes, layout.dtype, layout.dtype))
+    if not layout.quantized:
+        return np.full(shape, np.nan, dtype)
+    rows = np.full(shape, 126, np.int8)  # as an exponent: 2**126
+    values = np.int8(127) if layout.dtype == "int8" else np.asarray(np.nan, dtype).view(np.int8)
+    rows[..., : 2 * layout.kv_heads * layout.head_width] = values
+    return rows.view(dtype)
+
+
+def fill(case: Case, target: Target = CPU) -> Call:
+    """Pages in random order; poison in the trash page, in spare pages and behind each row's last key."""
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    layout = case.layout(target.platform)
+    counts = [-(-n // case.page_size) for n in case.lengths]
+    ids = iter(rng.permutation(np.arange(1, 1 + sum(counts) + SPARE_PAGES)))
+    tables = np.zeros((len(counts), case.spec(target.platform).pages_per_seq), np.int32)
+    pages = nobody((1 + sum(counts) + SPARE_PAGES, case.page_size, layout.width), layout)
+    q = np.full((case.num_tokens, case.q_heads, case.head_dim), np.nan, np.float32)
+    sinks = rng.normal(size=case.q_heads).astype(np.float32) + 1 if case.sinks else None
+    expected, starts, start = q.copy(), [], 0
+    call = Call(case, target, jnp.zeros(()), jnp.zeros(()), tables, sinks, expected, np.zeros(()))
+    for row, length in enumerate(case.lengths):
+        tables[row, : counts[row]] = [next(ids) for _ in range(counts[row])]
+        k, v = (
+            jnp.asarray(rng.normal(size=(length, case.kv_heads, case.head_dim)), jnp.dtype(case.dtype))
+            for _ in range(2)
+        )
+        rows = np.asarray(pack_rows(k, v, layout))
+        for position in range(length):
+            pages[tables[row, position // case.page_size], position % case.page_size] = rows[position]
+        kv = stored(rows, layout)
+        count = min(length, 1) if case.queries is None else case.queries[row]
+        starts.append(start)
+        for i in range(count):
+            at = (row if case.queries is None else start) + i
+            q[at] = np.asarray(jnp.asarray(2 * rng.normal(size=q[at].shape), case.dtype), np.float32)
+            expected[at] = dense(q[at], kv[:, :, 0], kv[:, :, 1], length - count + i, case, call.scale, sinks)
+        start += count
+    call.q, call.pages = jnp.asarray(q, case.dtype), jnp.asarray(pages)
+    call.starts = np.asarray(starts, np.int32)
+    return call
+
+
+def swap_keys_with_values(call: Call) -> None:
+    """Breaks the input: a check that still passes checks nothing."""
+    layout = call.case.layout(call.target.platform)
+    cut = 2 * layout.kv_heads * layout.head_width
+    heads = call.pages[:, :, :cut].reshape(*call.pages.shape[:2], layout.kv_heads, 2, -1)[:, :, :, ::-1]
+    call.pages = jnp.concatenate([heads.reshape(*call.pages.shape[:2], cut), call.pages[:, :, cut:]], axis=2)
+
+
+def shift_pages(call: Call, row: int) -> None:
+    """Breaks the input: the row's block table is off by one page."""
+    call.tables[row] = np.roll(call.tables[row], -1)
