@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -43,25 +44,53 @@ async def answer_all(
     server = LocalServer(engine, options.served_model_name)
     window = options.max_in_flight or 2 * engine.config.max_num_seqs
     try:
-        await run_batch(source, results, partial(answer, server, engine), window, meter.count)
+        await run_batch(source, results, partial(answer, server, engine, Turns()), window, meter.count)
     finally:
         await results.close()
 
 
-async def answer(server: LocalServer, engine: EngineHandle, line: BatchLine) -> Answer:
+async def answer(server: LocalServer, engine: EngineHandle, turns: Turns, line: BatchLine) -> Answer:
     """What the API answers. Raises BatchError when the engine is gone, which is not the request's fault."""
     if line.body.get("stream"):
         error = {"message": "A batch has no streams.", "type": "invalid_request_error"}
         return Answer(400, {"error": error | {"param": "stream", "code": "unsupported_parameter"}})
-    while True:
-        result = await server.post(line.url, line.body)
-        if result.status == 503:
-            raise BatchError(f"the engine stopped ({engine.failure}); the same command goes on from here")
+    post = partial(server.post, line.url, line.body)
+    result = await turns.together(post)
+    while result.status == 429:
         stats = engine.stats()
-        # Its neighbours in the window fill the queue: when they are done it may fit. Alone, it never will.
-        if result.status != 429 or not (stats.num_running or stats.num_waiting):
-            return result
+        if not (stats.num_running or stats.num_waiting):
+            result = await turns.alone(post)  # its neighbours filled the queue; if it is full without them, so be it
+            break
         await asyncio.sleep(BUSY_WAIT_S)
+        result = await turns.together(post)
+    if result.status == 503:
+        raise BatchError(f"the engine stopped ({engine.failure}); the same command goes on from here")
+    return result
+
+
+class Turns:
+    """Requests are served together, or one with nobody else being served."""
+
+    def __init__(self) -> None:
+        self._door, self._empty = asyncio.Lock(), asyncio.Event()
+        self._inside = 0
+        self._empty.set()
+
+    async def together(self, serve: Callable[[], Awaitable[Answer]]) -> Answer:
+        async with self._door:
+            self._inside += 1
+            self._empty.clear()
+        try:
+            return await serve()
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    async def alone(self, serve: Callable[[], Awaitable[Answer]]) -> Answer:
+        async with self._door:
+            await self._empty.wait()
+            return await serve()
 
 
 class Meter:
