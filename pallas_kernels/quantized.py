@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2"]
@@ -120,14 +120,34 @@ def quantized_bytes(weight: Quantized) -> int:
 def dequantize(weight: Quantized, dtype: DTypeLike = jnp.float32) -> Array:
     """The weight [..., K, N] that it stands for, computed in float32."""
     *lead, rows, columns = weight.shape
-    numbers = unpack_int4(weight.values, weight.group) if weight.format == "int4" else weight.values
-    wide = jnp.asarray(numbers).astype(jnp.float32).reshape(*lead, -1, weight.group, columns)
-    if weight.format == "int4" and weight.offsets is None:
-        wide -= 8
+    wide = numbers(weight).reshape(*lead, -1, weight.group, columns)
     wide *= jnp.asarray(weight.scales).astype(jnp.float32)[..., None, :]
     if weight.offsets is not None:
         wide += jnp.asarray(weight.offsets).astype(jnp.float32)[..., None, :]
     return wide.reshape(*lead, rows, columns).astype(dtype)
+
+
+def numbers(weight: Quantized) -> Array:
+    """float32 [..., K, N]: what is multiplied with the scales."""
+    if weight.format == "int4":
+        nibbles = unpack_int4(jnp.asarray(weight.values), weight.group).astype(jnp.float32)
+        return nibbles - 8 if weight.offsets is None else nibbles
+    if weight.format == "int8":
+        return jnp.asarray(weight.values).astype(jnp.float32)
+    return _decode_float8(jnp.asarray(weight.values))
+
+
+def _decode_float8(values: Array) -> Array:
+    """float32 of float8, through float16 by its bits.
+
+    Where a CPU converts float8 as such, XLA does it one number at a time and for the whole weight
+    ahead of the loop that wants a block of it.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint16)
+    if values.dtype == jnp.float8_e5m2:
+        return lax.bitcast_convert_type(bits << 8, jnp.float16).astype(jnp.float32)
+    half = lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
+    return jnp.where(bits & 0x7F == 0x7F, jnp.nan, half.astype(jnp.float32) * 256)
 
 
 def pack_int4(nibbles: Any, group: int) -> Any:

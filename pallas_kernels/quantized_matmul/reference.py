@@ -1,26 +1,44 @@
 """quantized_matmul in plain JAX: the fallback on every backend and the oracle of the kernels.
 
-The low-bit numbers are exact in bfloat16 and float32, so x is multiplied with them as they are and
-the scales are applied to the sums: no dequantized copy of the weight.
+The weight is dequantized a block of columns at a time, which stays in a CPU's cache (see
+docs/kernels/quantized_matmul.md for what that gains), so a whole copy never exists.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from pallas_kernels.quantized import LARGEST, Quantized
+from pallas_kernels.quantized import LARGEST, Quantized, dequantize
+from pallas_kernels.quantized import numbers as packed_numbers
 from pallas_kernels.target import Target
+
+_CPU_BLOCK = 1 << 20  # weights that are dequantized at once, 4 MiB
+_BLOCK = 1 << 24
 
 
 def run(x: Array, w: Quantized, *, target: Target) -> Array:
-    """x [tokens, K] @ w [K, N] -> [tokens, N]; see `api.quantized_matmul`."""
-    if w.activations == "dynamic":
-        numbers, row_scales = quantize_rows(x, w.format)
-        return (_float(numbers, w) * row_scales).astype(x.dtype)
-    return _float(x, w).astype(x.dtype)
+    """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype; see `api.quantized_matmul`."""
+    numbers, row_scales = quantize_rows(x, w.format) if w.activations == "dynamic" else (x, None)
+    rows, columns = w.shape
+    width = max(64, (_CPU_BLOCK if target.platform == "cpu" else _BLOCK) // rows // 64 * 64)
+    dtype = _product_dtype(numbers, target)
+    if width >= columns:
+        return _scaled(_product(numbers, w, dtype), row_scales, x.dtype)
+
+    whole = replace(w, values=_as_bits(w.values))
+
+    def block(index: Array, out: Array) -> Array:
+        start = jnp.minimum(index * width, columns - width)  # the last block overlaps the one before
+        cut = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, width, axis=1), whole)
+        cut = replace(cut, values=lax.bitcast_convert_type(cut.values, w.values.dtype))
+        return lax.dynamic_update_slice(out, _scaled(_product(numbers, cut, dtype), row_scales, x.dtype), (0, start))
+
+    return lax.fori_loop(0, -(-columns // width), block, jnp.zeros((x.shape[0], columns), x.dtype))
 
 
 def quantize_rows(x: Array, format: str) -> tuple[Array, Array]:
@@ -32,48 +50,26 @@ def quantize_rows(x: Array, format: str) -> tuple[Array, Array]:
     return (jnp.round(numbers) if format == "int8" else numbers).astype(format), scales
 
 
-def _float(x: Array, w: Quantized) -> Array:
-    """float32 [tokens, N]: a product a group, scaled, and their sum."""
-    groups, group = w.scales.shape[0], w.group
-    if w.format == "int4":
-        sums = _int4_sums(x, w)
-    elif groups == 1:
-        return _dot(x, w.values) * w.scales.astype(jnp.float32)
-    else:
-        columns = w.values.reshape(groups, group, -1)
-        sums = _grouped_dot(x.reshape(-1, groups, group), columns)
-    out = jnp.sum(sums * w.scales.astype(jnp.float32)[:, None], axis=0)
-    if w.offsets is not None:
-        row_sums = jnp.sum(x.astype(jnp.float32).reshape(-1, groups, group), axis=2)
-        out += _dot(row_sums, w.offsets.astype(jnp.float32))
-    return out
+def _as_bits(values: Array) -> Array:
+    """float8 as bytes: XLA's CPU backend makes all of a float8 array float16 in order to slice it."""
+    return values if values.dtype in (jnp.int8, jnp.uint8) else lax.bitcast_convert_type(values, jnp.uint8)
 
 
-def _int4_sums(x: Array, w: Quantized) -> Array:
-    """float32 [groups, tokens, N]: each half of a group times its nibbles."""
-    groups, half = w.scales.shape[0], w.group // 2
-    packed = w.values.reshape(groups, half, -1)
-    low, high = (nibbles.astype(jnp.int8) for nibbles in (packed & 15, packed >> 4))
-    if w.offsets is None:
-        low, high = low - 8, high - 8
-    parts = x.reshape(-1, groups, 2, half)
-    return _grouped_dot(parts[:, :, 0], low) + _grouped_dot(parts[:, :, 1], high)
+def _product_dtype(numbers: Array, target: Target) -> DTypeLike:
+    """What is multiplied. A CPU converts to float32 fast and to bfloat16 slowly; 8-bit numbers are exact in both."""
+    if target.platform == "cpu":
+        return jnp.float32
+    return jnp.bfloat16 if numbers.dtype.itemsize == 1 else numbers.dtype
 
 
-def _grouped_dot(x: Array, values: Array) -> Array:
-    """[groups, tokens, N] of x [tokens, groups, rows] and values [groups, rows, N]."""
-    return _product(x, values, (((2,), (1,)), ((1,), (0,))))
+def _product(x: Array, w: Quantized, dtype: DTypeLike) -> Array:
+    """float32 [tokens, N]. One scale a column is applied to the sums, more are applied to the weights."""
+    per_channel = w.format != "int4" and w.scales.shape[0] == 1
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    right = packed_numbers(w).astype(dtype) if per_channel else dequantize(w, dtype)
+    out = jnp.dot(x.astype(dtype), right, precision=precision, preferred_element_type=jnp.float32)
+    return out * w.scales.astype(jnp.float32) if per_channel else out
 
 
-def _dot(x: Array, values: Array) -> Array:
-    return _product(x, values, (((1,), (0,)), ((), ())))
-
-
-def _product(x: Array, values: Array, dimensions: Any) -> Array:
-    if x.dtype == jnp.int8:
-        return lax.dot_general(x, values, dimensions, preferred_element_type=jnp.int32).astype(jnp.float32)
-    if x.dtype != values.dtype or x.dtype.itemsize == 1:
-        wide = x.dtype if x.dtype.itemsize > 1 else jnp.bfloat16
-        x, values = x.astype(wide), values.astype(wide)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, values, dimensions, precision=precision, preferred_element_type=jnp.float32)
+def _scaled(out: Array, row_scales: Array | None, dtype: DTypeLike) -> Array:
+    return (out if row_scales is None else out * row_scales).astype(dtype)
