@@ -1,0 +1,165 @@
+"""Rows times their experts' weights, against numpy in float64; every implementation passes the same cases.
+
+Rows of nobody and the weights of experts without rows are NaN: nothing may leak from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.choice import KernelDeclined
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.api import choice
+from pallas_kernels.grouped_matmul.cases import REAL, SMALL, Case, even, skewed
+from pallas_kernels.quantized import Quantized, dequantize, quantize
+from pallas_kernels.quantized_matmul.reference import quantize_rows
+from pallas_kernels.target import CPU, Target
+
+TARGETS = {"reference": CPU}
+# Largest error of a row over its largest number: half a step of the result's dtype and the sums' rounding.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8 * 1.01}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case as arrays, and the float64 result of its rows that belong to an expert."""
+
+    x: jax.Array
+    w: jax.Array | Quantized
+    sizes: jax.Array
+    wanted: np.ndarray
+
+
+def make(case: Case, seed: int = 0) -> Call:
+    rng = np.random.default_rng(seed)
+    rows = sum(case.sizes)
+    numbers = rng.normal(size=(case.num_tokens, case.k)) * 10.0 ** rng.integers(-3, 3, size=(case.num_tokens, 1))
+    numbers[rows:] = np.nan
+    x = jnp.asarray(numbers, case.dtype)
+    idle = np.asarray(case.sizes) == 0
+    w, exact = weights(case, rng, idle)
+    expert_of = np.repeat(np.arange(len(case.sizes)), case.sizes)
+    wide = as_multiplied(x[:rows], case)
+    products = [wide[expert_of == e] @ exact[e] for e in range(len(case.sizes))]
+    return Call(x, w, jnp.asarray(case.sizes, jnp.int32), np.concatenate(products))
+
+
+def weights(case: Case, rng: np.random.Generator, idle: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The weight with NaN for experts without rows, and its exact value in float64."""
+    dense = (rng.normal(size=(len(case.sizes), case.k, case.n)) / case.k**0.5).astype(np.float32)
+    if case.format == "none":
+        dense[idle] = np.nan
+        w = jnp.asarray(dense, case.dtype)
+        return w, np.asarray(w, np.float64)
+    packed = quantize(dense, case.format, case.group, case.symmetric, case.activations)
+    packed.scales[idle] = np.nan  # type: ignore[index]
+    return jax.tree.map(jnp.asarray, packed), np.asarray(dequantize(packed), np.float64)
+
+
+def as_multiplied(x: jax.Array, case: Case) -> np.ndarray:
+    """x as the product sees it, float64: rounded to the weight's format with dynamic activations."""
+    if case.activations == "float" or not x.size:
+        return np.asarray(x, np.float64)
+    numbers, scales = quantize_rows(x, case.format)
+    return np.asarray(numbers, np.float64) * np.asarray(scales, np.float64)
+
+
+def run(target: Target, case: Case, call: Call) -> np.ndarray:
+    """[tokens, N]; skips where the implementation says that it does not serve the case."""
+    try:
+        choice(case.spec(), target)
+    except KernelDeclined as reason:
+        pytest.skip(str(reason))
+    result = jax.jit(partial(grouped_matmul, target=target))(call.x, call.w, call.sizes)
+    assert result.dtype == call.x.dtype
+    return np.asarray(result.astype(jnp.float32))
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest over the rows of |got - wanted| over the row's largest number."""
+    if not wanted.size:
+        return 0.0
+    return float((np.abs(got - wanted).max(axis=1) / np.abs(wanted).max(axis=1)).max())
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", TARGETS)
+def test_each_row_gets_its_experts_product(implementation: str, case: Case) -> None:
+    call = make(case)
+    got = run(TARGETS[implementation], case, call)
+    assert np.isfinite(got).all()
+    assert error(got[: sum(case.sizes)], call.wanted) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("implementation", TARGETS)
+def test_the_check_fails_when_groups_are_shifted_by_one_row(implementation: str) -> None:
+    case = Case(name="shifted", sizes=(5, 7, 4))
+    call = make(case)
+    shifted = replace(call, sizes=jnp.asarray((6, 6, 4), jnp.int32))
+    got = run(TARGETS[implementation], case, shifted)
+    assert error(got, call.wanted) > 100 * TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("format", ["none", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", TARGETS)
+def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(implementation: str, dtype: Any, format: Any) -> None:
+    """The same rows among others, at other places, with other borders."""
+    sizes = (30, 0, 3, 7)
+    case = Case(name="alone", sizes=sizes, k=256, dtype=dtype, format=format, group=64 if format == "int4" else None)
+    call = make(replace(case, sizes=(10, 10, 10, 10)))
+    order = np.random.default_rng(1).permutation(40)
+    first = run(TARGETS[implementation], case, replace(call, sizes=jnp.asarray((10, 10, 10, 10), jnp.int32)))
+    moved = run(TARGETS[implementation], case, replace(call, x=call.x[order], sizes=jnp.asarray(sizes, jnp.int32)))
+    expert_first, expert_moved = (np.repeat(np.arange(4), s) for s in ((10, 10, 10, 10), sizes))
+    same = [(i, j) for j, i in enumerate(order) if expert_first[i] == expert_moved[j]]
+    assert len(same) > 5
+    assert all(first[i].tobytes() == moved[j].tobytes() for i, j in same)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=4, max_size=4), seed=st.integers(0, 99))
+def test_any_group_sizes(sizes: list[int], seed: int) -> None:
+    """One program serves them all; what is beyond `tokens` is cut off."""
+    tokens = 64
+    case = Case(name="any", sizes=(16, 16, 16, 16))
+    call = make(case, seed)
+    ends = np.minimum(np.cumsum(sizes), tokens)
+    expert_of = np.repeat(np.arange(4), np.diff(ends, prepend=0))
+    got = np.asarray(_any_sizes(call.x.at[ends[-1] :].set(jnp.nan), call.w, jnp.asarray(sizes, jnp.int32)))
+    x, w = np.asarray(call.x, np.float64), np.asarray(call.w, np.float64)
+    wanted = np.einsum("tk,tkn->tn", x[: ends[-1]], w[expert_of])
+    assert np.isfinite(got).all()
+    assert error(got[: ends[-1]], wanted) <= TOLERANCE["float32"]
+
+
+_any_sizes = jax.jit(partial(grouped_matmul, target=CPU))
+
+
+def test_a_call_that_does_not_fit_together_names_the_numbers() -> None:
+    x, w, sizes = jnp.zeros((4, 16)), jnp.zeros((2, 16, 8)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="K 16, the weight 8"):
+        grouped_matmul(x, jnp.zeros((2, 8, 8)), sizes, target=CPU)
+    with pytest.raises(ValueError, match=r"int32 \(2,\)"):
+        grouped_matmul(x, w, jnp.zeros(3, jnp.int32), target=CPU)
+    with pytest.raises(ValueError, match="bfloat16"):
+        grouped_matmul(x, w.astype(jnp.bfloat16), sizes, target=CPU)
+    with pytest.raises(ValueError, match="experts, K, N"):
+        grouped_matmul(x, w[0], sizes, target=CPU)
+
+
+def test_cases_say_what_they_mean() -> None:
+    names = [case.name for case in SMALL + REAL]
+    assert len(set(names)) == len(names)
+    for rows, experts in ((8, 128), (256, 128), (32768, 128), (8192, 8)):
+        assert sum(even(rows, experts)) == sum(skewed(rows, experts)) == rows
+        assert len(even(rows, experts)) == len(skewed(rows, experts)) == experts
