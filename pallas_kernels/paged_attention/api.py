@@ -18,7 +18,7 @@ from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.kv_layout import KVLayout
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import reference, tpu
 from pallas_kernels.target import Target
 
 
@@ -39,8 +39,14 @@ class AttentionSpec:
     sinks: bool = False
 
 
-DECODE: tuple[Implementation[AttentionSpec], ...] = (Implementation("reference", never, reference.decode),)
-PREFILL: tuple[Implementation[AttentionSpec], ...] = (Implementation("reference", never, reference.prefill),)
+DECODE: tuple[Implementation[AttentionSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.decode),
+    Implementation("reference", never, reference.decode),
+)
+PREFILL: tuple[Implementation[AttentionSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.prefill),
+    Implementation("reference", never, reference.prefill),
+)
 
 
 def choice(spec: AttentionSpec, target: Target) -> Choice[AttentionSpec]:

@@ -1,0 +1,128 @@
+"""Static sizes of the TPU kernel of paged attention, and the computed choice of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.kv_layout import KVLayout
+
+LANES = 128
+PACKING = {"float32": 1, "bfloat16": 2, "int8": 4, "float8_e4m3fn": 4, "float8_e5m2": 4}  # rows in a 32 bit word
+FIELDS = 8  # of an item: block of queries, row of the table, keys [LO, HI), position of the block's
+# token 0, the block's tokens [FIRST, LAST) that are the row's, the next item that has keys
+BLOCK, ROW, LO, HI, POSITION, FIRST, LAST, NEXT = range(FIELDS)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a call. A band's rows: its KV heads, then a head's query heads, then tokens of the block."""
+
+    layout: KVLayout
+    dtype: str  # of queries and result
+    block_tokens: int  # queries of each head in a block, a power of two
+    group: int  # query heads of a KV head
+    band_heads: int  # KV heads of a band
+    rows: int  # of a band, padded to whole tiles
+    page_size: int  # a power of two
+    chunk_pages: int  # a power of two
+
+    @property
+    def bands(self) -> int:
+        return -(-self.layout.kv_heads // self.band_heads)
+
+    @property
+    def head_rows(self) -> int:
+        return self.group * self.block_tokens
+
+    @property
+    def chunk(self) -> int:
+        """Keys that a turn sees."""
+        return self.chunk_pages * self.page_size
+
+    @property
+    def shared_tile(self) -> bool:
+        """Key and value of a head stand in one tile of lanes."""
+        return self.layout.head_width % LANES != 0
+
+    @property
+    def lanes(self) -> int:
+        """Width of the operands: a head's key or value, or both where they share a tile."""
+        return self.layout.head_width * (2 if self.shared_tile else 1)
+
+    def page_of(self, position: Array) -> Array:
+        """Shifts: division of a traced integer takes its sign, which lowers only where the chip is known."""
+        return position >> log2(self.page_size)
+
+    def pages_below(self, position: Array) -> Array:
+        return (position + self.page_size - 1) >> log2(self.page_size)
+
+    def heads(self, band: int) -> range:
+        return range(band * self.band_heads, min((band + 1) * self.band_heads, self.layout.kv_heads))
+
+    def vmem_bytes(self, sinks: bool) -> int:
+        """What a call names: page buffers, blocks of q and result (twice), softmax state, sinks."""
+        rows = self.bands * self.rows
+        pages = 2 * self.chunk * self.layout.token_bytes
+        blocks = 2 * 2 * rows * self.lanes * jnp.dtype(self.dtype).itemsize
+        state = rows * (self.lanes + 2 * LANES) * 4
+        return pages + blocks + state + (rows * LANES * 4 * 2 if sinks else 0)
+
+
+@dataclass(frozen=True)
+class Maths:
+    """How scores come about, static."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: bool
+
+
+def shape_for(
+    kind: Literal["decode", "prefill"],
+    tokens: int,
+    q_heads: int,
+    page_size: int,
+    pages_per_seq: int,
+    dtype: str,
+    layout: KVLayout,
+) -> Shape:
+    """The computed choice of blocks.
+
+    Decode: one token a block; as many KV heads a band as fill a tile's rows. Prefill: a band a KV
+    head, see `prefill_tokens`. A turn sees about 1 MiB of pages, 128 to 512 tokens, and no more
+    than a power of two below what a row can have.
+    """
+    group, tile = q_heads // layout.kv_heads, 8 * PACKING[dtype]
+    chunk = min(max((1 << 20) // layout.token_bytes, 128), 512, pages_per_seq * page_size)
+    chunk_pages = max(1, max(_power_below(chunk), 128) // page_size)
+    if kind == "decode":
+        heads = min(layout.kv_heads, -(-tile // group))
+        return Shape(layout, dtype, 1, group, heads, up(heads * group, tile), page_size, chunk_pages)
+    block = prefill_tokens(q_heads, tokens, dtype, layout)
+    return Shape(layout, dtype, block, group, 1, group * block, page_size, chunk_pages)
+
+
+def prefill_tokens(q_heads: int, tokens: int, dtype: str, layout: KVLayout) -> int:
+    """Tokens of a prefill block: 512 rows a band, at most 128 tokens, and 8 MiB of weighted values for all heads."""
+    width, tile = up(layout.head_width, LANES), 8 * PACKING[dtype]
+    most = min(512 * layout.kv_heads // q_heads, (8 << 20) // (4 * q_heads * width), 128, 2 * tokens - 1)
+    return max(_power_below(most), tile)
+
+
+def up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two up to `number`, at least 1."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def log2(number: int) -> int:
+    """Of a power of two."""
+    return number.bit_length() - 1
