@@ -14,8 +14,10 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.pages import TRASH_PAGE
+from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.paged_attention import decode_attention, prefill_attention
+from pallas_kernels.target import Target
 
 
 @jax.tree_util.register_dataclass
@@ -70,21 +72,29 @@ def cache_view(
     return CacheView(page_ids, positions % page_size, decode_tables, lens, prefill), positions
 
 
-def attend(
-    config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, q: Array, k: Array, v: Array
-) -> tuple[Array, Array]:
-    """Write k and v, then attend: (like q, the layer's pages). See `engine.model.decoder.Attend`."""
-    kv_pages = write_kv(kv_pages, k, v, view.page_ids, view.offsets)
-    num_decode, prefill = view.decode_lens.shape[0], view.prefill
-    settings: dict[str, Any] = {
-        "scale": config.attention_scale,
-        "softcap": config.attention_softcap,
-        "window": layer.window,
-    }
-    parts = []
-    if num_decode:
-        parts.append(decode_attention(q[:num_decode], kv_pages, view.decode_tables, view.decode_lens, **settings))
-    if prefill is not None:
-        rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
-        parts.append(prefill_attention(q[num_decode:], kv_pages, *rows, **settings))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages
+@dataclass(frozen=True)
+class PagedAttention:
+    """The decoder's `Attend` over pages of one layout, for one chip."""
+
+    layout: KVLayout
+    target: Target
+
+    def __call__(
+        self, config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, q: Array, k: Array, v: Array
+    ) -> tuple[Array, Array]:
+        """Write k and v, then attend: (like q, the layer's pages). See `engine.model.decoder.Attend`."""
+        on: dict[str, Any] = {"layout": self.layout, "target": self.target}
+        kv_pages = write_kv(kv_pages, k, v, view.page_ids, view.offsets, **on)
+        num_decode, prefill = view.decode_lens.shape[0], view.prefill
+        how = on | {
+            "scale": config.attention_scale,
+            "softcap": config.attention_softcap,
+            "window": layer.window,
+        }
+        parts = []
+        if num_decode:
+            parts.append(decode_attention(q[:num_decode], kv_pages, view.decode_tables, view.decode_lens, **how))
+        if prefill is not None:
+            rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
+            parts.append(prefill_attention(q[num_decode:], kv_pages, *rows, **how))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages

@@ -11,9 +11,10 @@ import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.errors import InvalidParam
+from pallas_kernels.target import KVDtype, Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -37,6 +38,13 @@ class EngineOptions:
     page_size: int | None = option(None, "tokens in a page of the KV cache")
     kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes")
     enable_prefix_caching: bool = option(True, "reuse KV pages of equal prompt prefixes")
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"] = option(
+        "auto", "of the KV cache; auto is the dtype of the weights, fp8 is fp8_e4m3"
+    )
+    quantization: Literal["int8", "int4", "fp8"] | None = option(
+        None, "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows"
+    )
+    kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
     decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
     overlap: bool = option(True, "launch a step before the tokens of the last one are read")
     max_queued_requests: int = option(1024, "requests that may wait; more are answered with 429")
@@ -54,8 +62,10 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidParam(name, f"must be a positive integer, got {value!r}")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise InvalidParam("dtype", f"must be auto, bfloat16 or float32, got {self.dtype!r}")
+        for name in ("dtype", "kv_cache_dtype", "quantization"):
+            known = _choices(name)
+            if getattr(self, name) not in known:
+                raise InvalidParam(name, f"must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,9 @@ class EngineConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_prefill_rows: int  # prompts (or chunks) that one prefill step may hold
+    kv_cache_dtype: KVDtype
+    quantization: Literal["int8", "int4", "fp8"] | None
+    target: Target  # what the programs are compiled for
     page_size: int
     num_pages: int  # page 0 is the trash page: written by idle rows, read by none
     decode_steps: int
@@ -85,6 +98,13 @@ class EngineConfig:
     def summary(self) -> str:
         """Every field, on one line."""
         return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self))
+
+
+def _choices(name: str) -> tuple[Any, ...]:
+    """The legal values of an option that is a Literal, None included where it is."""
+    hint = get_type_hints(EngineOptions)[name]
+    parts = get_args(hint) if get_origin(hint) is not Literal else (hint,)
+    return tuple(value for part in parts for value in (get_args(part) or (None,)))
 
 
 def options_from_dict(cls: type, values: dict[str, Any]) -> Any:

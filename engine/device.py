@@ -9,6 +9,20 @@ import jax
 
 from engine.resolve import DeviceFacts
 
+# JAX's device_kind, and what `pallas_kernels.target.CHIPS` calls it. A GPU's kind goes on after the name.
+CHIP_OF_KIND = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+}
+
 
 def device_facts() -> DeviceFacts:
     """Facts of the first device: every device of a replica is alike."""
@@ -18,7 +32,14 @@ def device_facts() -> DeviceFacts:
         return DeviceFacts("cpu", memory, fast_bfloat16=_cpu_has_bfloat16())
     stats = device.memory_stats() or {}
     platform = "tpu" if device.platform == "tpu" else "gpu"
-    return DeviceFacts(platform, int(stats.get("bytes_limit", 16 << 30)), fast_bfloat16=True)
+    memory = int(stats.get("bytes_limit", 16 << 30))
+    return DeviceFacts(platform, memory, fast_bfloat16=True, chip=chip_name(device.device_kind))
+
+
+def chip_name(kind: str) -> str:
+    """The chip of a JAX device_kind; a kind that we have no numbers for is its own name, and kernels decline it."""
+    found = CHIP_OF_KIND.get(kind) or CHIP_OF_KIND.get(" ".join(kind.split()[:2]))
+    return found or kind
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -9,11 +9,11 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig, EngineOptions, cache_root
@@ -28,9 +28,11 @@ from engine.executables import (
     compile_one,
     count_compiles,
 )
+from engine.kernels import kernel_choices
 from engine.loop import Engine
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
+from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, step_program
 from engine.registry import resolve_model
@@ -64,6 +66,8 @@ def load_engine(options: EngineOptions, report: Report = lambda phase, progress:
     config = resolve(options, model, checkpoint.dtype, device)
     config = size_pool(options, model, config, device, cache_for)
     log.info("%s on %s: %s", options.model, device.platform, config)
+    for line in kernel_choices(model, config):
+        log.info("%s", line)
     params = load_params(checkpoint, config, report)
     executables = compile_all(serving_programs(model, config), cache_for(config), report)
     _check_fits(model, config, executables, device)
@@ -98,16 +102,16 @@ def _tokenizer(options: EngineOptions, path: Path) -> Tokenizer:
     return load_tokenizer(source, Path(options.chat_template) if options.chat_template else None)
 
 
-def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Array]:
-    """All weights on the device, one at a time, in the engine's dtype."""
+def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Any]:
+    """All weights on the device, one at a time, in the engine's dtype or packed as asked."""
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
     loaded = 0
 
-    def put(name: str, array: np.ndarray) -> Array:
+    def put(name: str, array: np.ndarray) -> Any:
         nonlocal loaded
         loaded += 1
         report("load weights", loaded / len(specs))
-        return jax.device_put(array.reshape(specs[name].device_shape))
+        return jax.device_put(pack(specs[name], array, config.quantization))
 
     params = checkpoint.load(specs, put)
     jax.block_until_ready(params)

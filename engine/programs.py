@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +14,36 @@ from engine.config import EngineConfig
 from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
+from engine.model.quantization import packed_shape
 from engine.slots import Slots, slots_shape
+from engine.steps import Compute
+from pallas_kernels.kv_layout import kv_layout
 
 Shapes = jax.ShapeDtypeStruct
 
 
-def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Shapes]:
-    """Abstract parameters in the engine's dtype."""
+def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+    """Abstract parameters as they are on the device."""
     specs = param_specs(model, jnp.dtype(config.dtype))
-    return {name: Shapes(spec.device_shape, spec.dtype) for name, spec in specs.items()}
+    return {name: packed_shape(spec, config.quantization) for name, spec in specs.items()}
+
+
+def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:
+    """What the programs are traced from."""
+    layout = kv_layout(model.num_kv_heads, model.head_dim, config.kv_cache_dtype, config.target.platform)
+    return Compute(model, layout, config.target)
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes, ...]:
-    """Abstract KV cache: per layer [pages, page_size, 2 * kv_heads * head_dim]."""
-    shape = (config.num_pages, config.page_size, 2 * model.num_kv_heads * model.head_dim)
-    return (Shapes(shape, jnp.dtype(config.dtype)),) * model.num_layers
+    """Abstract KV cache: per layer [pages, page_size, layout.width]."""
+    layout = compute_of(model, config).kv
+    shape = (config.num_pages, config.page_size, layout.width)
+    return (Shapes(shape, jnp.dtype(layout.dtype)),) * model.num_layers
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes of one page in all layers."""
-    per_token = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(config.dtype).itemsize
-    return config.page_size * per_token * model.num_layers
+    return config.page_size * compute_of(model, config).kv.token_bytes * model.num_layers
 
 
 def serving_programs(model: ModelConfig, config: EngineConfig) -> list[Program]:
@@ -44,10 +54,10 @@ def serving_programs(model: ModelConfig, config: EngineConfig) -> list[Program]:
 def step_program(model: ModelConfig, config: EngineConfig, key: StepKey) -> Program:
     layout = step_layout(config, key)
     if key.tokens:
-        function = partial(steps.prefill_step, model, layout)
+        function = partial(steps.prefill_step, compute_of(model, config), layout)
         output = steps.empty_output_shape(key.rows + config.max_prefill_rows, 1, key.tokens)
     else:
-        function = partial(steps.decode_step, model, layout, config.decode_steps)
+        function = partial(steps.decode_step, compute_of(model, config), layout, config.decode_steps)
         output = steps.empty_output_shape(key.rows, config.decode_steps, 0)
     state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
     vector = Shapes((layout.size,), jnp.int32)
@@ -61,7 +71,7 @@ def logits_program(model: ModelConfig, config: EngineConfig, tokens: int) -> Pro
     logits = Shapes((tokens, model.vocab_size), jnp.float32)
     return Program(
         f"logits_{tokens}",
-        partial(steps.token_logits, model, layout),
+        partial(steps.token_logits, compute_of(model, config), layout),
         (*state, Shapes((layout.size,), jnp.int32)),
         donated=(1, 2),
         outputs=(state[1], state[2], logits),

@@ -11,11 +11,21 @@ from typing import Literal
 from engine.config import EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
+from pallas_kernels.target import KVDtype, Target
 
 GIB = 1 << 30
 CPU_KV_BYTES = 1 * GIB  # enough for dozens of chats with a small model; the rest stays the user's
 CPU_MEMORY_FRACTION = 0.8  # of what the machine has
 DEVICE_MEMORY_FRACTION = 0.92  # of what the runtime reports; the rest is for its own buffers
+
+
+OPS = ("decode_attention", "prefill_attention", "kv_write", "quantized_matmul", "grouped_matmul")
+_KV_DTYPES: dict[str, KVDtype] = {
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class DeviceFacts:
     platform: Literal["cpu", "tpu", "gpu"]
     memory_bytes: int  # of one device; for a CPU, of the machine
     fast_bfloat16: bool
+    chip: str = "cpu"  # as `pallas_kernels.target` names it
 
 
 @dataclass(frozen=True)
@@ -53,14 +64,18 @@ def resolve(options: EngineOptions, model: ModelConfig, native_dtype: str, devic
     max_model_len = options.max_model_len or model.max_position
     if max_model_len > model.max_position:
         raise InvalidParam("max_model_len", f"{max_model_len} is more than the model's {model.max_position} positions")
+    dtype = _dtype(options.dtype, native_dtype, device)
     seqs = options.max_num_seqs or defaults.max_num_seqs
     tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
     return EngineConfig(
-        dtype=_dtype(options.dtype, native_dtype, device),
+        dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_prefill_rows=min(defaults.max_prefill_rows, seqs),
+        kv_cache_dtype=_KV_DTYPES.get(options.kv_cache_dtype, dtype),
+        quantization=options.quantization,
+        target=Target(device.platform, device.chip, _implementations(options.kernel)),
         page_size=options.page_size or defaults.page_size,
         num_pages=2,
         decode_steps=options.decode_steps or defaults.decode_steps,
@@ -104,6 +119,15 @@ def with_pages(
             f"{max(target, 0):,} are left of {device.memory_bytes:,}"
         )
     return replace(config, num_pages=pages + 1)
+
+
+def _implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """("op", "implementation") of each "op=implementation"."""
+    for text in asked:
+        op, _, name = text.partition("=")
+        if op not in OPS or not name:
+            raise InvalidParam("kernel", f"{text!r} is not op=implementation; the ops are {', '.join(OPS)}")
+    return tuple((text.partition("=")[0], text.partition("=")[2]) for text in asked)
 
 
 def _dtype(asked: str, native: str, device: DeviceFacts) -> Literal["bfloat16", "float32"]:

@@ -85,7 +85,7 @@ class Runner:
         self,
         model: ModelConfig,
         config: EngineConfig,
-        params: dict[str, Array],
+        params: dict[str, Any],
         executables: dict[str, Executable],
         counters: Counters,
     ) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine import sampler
-from engine.attend import PrefillRows, attend, cache_view
+from engine.attend import PagedAttention, PrefillRows, cache_view
 from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.model import decoder
 from engine.model.config import ModelConfig
@@ -21,9 +21,20 @@ from engine.model.layers import Params
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
 from engine.slots import Sampling, Slots, add_pages
+from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.target import Target
 
-KV = tuple[Array, ...]  # per layer [pages, page_size, 2 * kv_heads * head_dim]: a head's key, then its value
+KV = tuple[Array, ...]  # per layer [pages, page_size, layout.width], see `pallas_kernels.kv_layout`
 PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What every step program is traced from, static: a model, over pages of a layout, on a chip."""
+
+    model: ModelConfig
+    kv: KVLayout
+    target: Target
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +62,7 @@ def unpack(layout: Layout, vector: Array) -> dict[str, Array]:
 
 
 def decode_step(
-    config: ModelConfig, layout: Layout, max_steps: int, params: Params, kv: KV, slots: Slots, vector: Array
+    compute: Compute, layout: Layout, max_steps: int, params: Params, kv: KV, slots: Slots, vector: Array
 ) -> tuple[KV, Slots, StepOutput]:
     """Draw decode_count <= max_steps tokens for each row, fewer where it ends; leaves when all are done."""
     batch = unpack(layout, vector)
@@ -66,8 +77,8 @@ def decode_step(
     def turn(state: tuple[Array, KV, Slots, StepOutput]) -> tuple[Array, KV, Slots, StepOutput]:
         i, kv, slots, out = state
         drawing, position = is_drawing(i, slots), slots.position[slot]
-        kv, hidden = forward(config, params, kv, slots.last_token[slot], position, drawing, tables, None)
-        drawn = sampler.draw(decoder.logits(config, params, hidden), slots, slot, sampling, position + 1)
+        kv, hidden = forward(compute, params, kv, slots.last_token[slot], position, drawing, tables, None)
+        drawn = sampler.draw(decoder.logits(compute.model, params, hidden), slots, slot, sampling, position + 1)
         out = record(out, i, drawn, drawing)
         return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
 
@@ -79,7 +90,7 @@ def decode_step(
 
 
 def prefill_step(
-    config: ModelConfig, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
+    compute: Compute, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
 ) -> tuple[KV, Slots, StepOutput]:
     """Prompt chunks on a flat token axis, with decode rows riding along for one token each."""
     batch = unpack(layout, vector)
@@ -88,7 +99,7 @@ def prefill_step(
     riders = batch["decode_slot"]
     prefill = PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
     kv, hidden = forward(
-        config,
+        compute,
         params,
         kv,
         jnp.concatenate([slots.last_token[riders], batch["tokens"]]),
@@ -103,14 +114,14 @@ def prefill_step(
     length = jnp.concatenate([slots.position[riders] + 1, batch["position"] + batch["q_len"]])
     drawing = jnp.concatenate([slots.active[riders], batch["samples"] != 0])
     sampling = slots.sampling.rows(slot)
-    logits = decoder.logits(config, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
+    logits = decoder.logits(compute.model, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
     drawn = sampler.draw(logits, slots, slot, sampling, length)
     out = record(empty_output(slot.shape[0], 1), jnp.int32(0), drawn, drawing)
     out = replace(
         out,
         prompt=jax.lax.cond(
             batch["wants_prompt_logprobs"] != 0,
-            lambda: prompt_logprobs(config, params, hidden[num_riders:], batch["next_tokens"]),
+            lambda: prompt_logprobs(compute, params, hidden[num_riders:], batch["next_tokens"]),
             lambda: sampler.no_logprobs(batch["tokens"].shape[0]),
         ),
     )
@@ -118,14 +129,14 @@ def prefill_step(
 
 
 def token_logits(
-    config: ModelConfig, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
+    compute: Compute, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
 ) -> tuple[KV, Slots, Array]:
     """Like `prefill_step` without decode rows or drawing: float32 logits [tokens, vocab] of every token."""
     batch = unpack(layout, vector)
     prefill = PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
     none = jnp.zeros((0,), jnp.int32)
-    kv, hidden = forward(config, params, kv, batch["tokens"], none, none != 0, slots.block_tables[:0], prefill)
-    return kv, slots, decoder.logits(config, params, hidden)
+    kv, hidden = forward(compute, params, kv, batch["tokens"], none, none != 0, slots.block_tables[:0], prefill)
+    return kv, slots, decoder.logits(compute.model, params, hidden)
 
 
 def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
@@ -149,7 +160,7 @@ def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
 
 
 def forward(
-    config: ModelConfig,
+    compute: Compute,
     params: Params,
     kv: KV,
     tokens: Array,
@@ -162,7 +173,8 @@ def forward(
     view, positions = cache_view(
         decode_position, decode_active, decode_tables, prefill, tokens.shape[0], page_size=kv[0].shape[1]
     )
-    hidden, kv = decoder.hidden_states(config, params, tokens, positions, kv, view, attend)
+    attend = PagedAttention(compute.kv, compute.target)
+    hidden, kv = decoder.hidden_states(compute.model, params, tokens, positions, kv, view, attend, compute.target)
     return kv, hidden
 
 
@@ -224,9 +236,7 @@ def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array) -> StepOu
     )
 
 
-def prompt_logprobs(
-    config: ModelConfig, params: Params, hidden: Array, next_tokens: Array
-) -> tuple[Array, Array, Array]:
+def prompt_logprobs(compute: Compute, params: Params, hidden: Array, next_tokens: Array) -> tuple[Array, Array, Array]:
     """Logprob of each prefill token's successor and the best alternatives, a few positions at a time."""
     num_tokens = hidden.shape[0]
     size = min(PROMPT_LOGPROB_TOKENS, num_tokens)
@@ -235,7 +245,7 @@ def prompt_logprobs(
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, size, -1)
     next_tokens = jnp.pad(next_tokens, (0, pad)).reshape(blocks, size)
     found = jax.lax.map(
-        lambda b: sampler.logprobs_of(decoder.logits(config, params, b[0]), b[1]), (hidden, next_tokens)
+        lambda b: sampler.logprobs_of(decoder.logits(compute.model, params, b[0]), b[1]), (hidden, next_tokens)
     )
     logprob, ids, top = (a.reshape(blocks * size, *a.shape[2:])[:num_tokens] for a in found)
     return logprob, ids, top

@@ -10,15 +10,12 @@ written: what another chunking or a prefix hit would leave in the page is the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.target import Platform
+from pallas_kernels.target import KVDtype, Platform
 
-KVDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"]
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}  # of the stored number
 
 

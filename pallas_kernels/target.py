@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Platform = Literal["cpu", "gpu", "tpu"]
+KVDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class ParamSpec:
     `init` fills random checkpoints; "normal" has standard deviation 1/sqrt(fan_in).
     `rows`: on the device the array is a matrix, its first `rows` dimensions merged and the rest
     merged. Small trailing dimensions would be padded to whole tiles there, several times their size.
+    `packable`: only ever multiplied by, so it may be stored in fewer bits.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,7 @@ class ParamSpec:
     init: Init = "normal"
     fan_in: int = 1
     rows: int | None = None
+    packable: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

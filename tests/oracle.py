@@ -15,6 +15,7 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
+from pallas_kernels.target import CPU
 
 
 def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int]) -> np.ndarray:
@@ -37,7 +38,7 @@ def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], nu
 def _forward(config: ModelConfig, params: dict, tokens: Array) -> Array:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     no_caches = (None,) * config.num_layers
-    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, _dense_attention)
+    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, _dense_attention, CPU)
     return logits(config, params, hidden)
 
 

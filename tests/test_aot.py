@@ -46,7 +46,10 @@ LLAMA_8B = ModelConfig(
     max_position=131072,
     attention_scale=128**-0.5,
 )
-CHIPS = {"v6e:2x2": DeviceFacts("tpu", 32 << 30, True), "h200:1": DeviceFacts("gpu", 141 << 30, True)}
+CHIPS = {
+    "v6e:2x2": DeviceFacts("tpu", 32 << 30, True, "v6e"),
+    "h200:1": DeviceFacts("gpu", 141 << 30, True, "h200"),
+}
 KEYS = {"decode": StepKey(0, 64), "prefill": StepKey(1024, 0), "mixed": StepKey(256, 256)}
 
 

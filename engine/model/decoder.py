@@ -25,6 +25,7 @@ from engine.model.layers import (
     softcap,
 )
 from engine.model.params import mlp_block
+from pallas_kernels.target import Target
 
 # attend(config, layer, view, cache, q[tokens, q_heads, head_dim], k[tokens, kv_heads, head_dim], v like k)
 # -> (like q, cache): a pure function; `view` is what all layers share, `cache` the layer's own state.
@@ -39,6 +40,7 @@ def hidden_states(
     caches: Sequence[Any],
     view: Any,
     attend: Attend,
+    target: Target,
 ) -> tuple[Array, tuple[Any, ...]]:
     """Last hidden states [tokens, embed] before the final norm, and the layers' new caches.
 
@@ -50,17 +52,18 @@ def hidden_states(
     new = []
     for i, spec in enumerate(config.layers):
         rope = ropes[spec.rope] if spec.rope else None
-        x, cache = _layer(config, spec, attend, layer_params(params, i), x, rope, view, caches[i])
+        x, cache = _layer(config, spec, attend, target, layer_params(params, i), x, rope, view, caches[i])
         new.append(cache)
     return x, tuple(new)
 
 
 # Equal layers are traced and lowered once: a program of 80 layers is built as fast as one of two.
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _layer(
     config: ModelConfig,
     spec: LayerSpec,
     attend: Attend,
+    target: Target,
     weights: Params,
     x: Array,
     rope: tuple[Array, Array] | None,
@@ -69,10 +72,10 @@ def _layer(
 ) -> tuple[Array, Any]:
     hidden = _norm_before(config, x, weights.get("attn_norm"))
     see = partial(attend, config, spec, view, cache)
-    hidden, cache = MIXERS[spec.mixer](config, hidden, weights, rope, see)
+    hidden, cache = MIXERS[spec.mixer](config, target, hidden, weights, rope, see)
     x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
     hidden = _norm_before(config, x, weights.get("mlp_norm"))
-    hidden = FFNS[spec.ffn](config, hidden, weights)
+    hidden = FFNS[spec.ffn](config, target, hidden, weights)
     return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache
 
 
@@ -103,6 +106,7 @@ def _add_residual(config: ModelConfig, x: Array, hidden: Array, post_norm: Array
 
 def _attention(
     config: ModelConfig,
+    target: Target,
     x: Array,
     weights: Params,
     rope: tuple[Array, Array] | None,
@@ -110,7 +114,7 @@ def _attention(
 ) -> tuple[Array, Any]:
     """Grouped-query attention: project, norm, rotate, attend, project back."""
     tokens, group = x.shape[0], config.q_per_kv
-    qkv = linear(x, weights["qkv"])
+    qkv = linear(x, weights["qkv"], target)
     if config.qkv_bias:
         qkv = qkv + weights["qkv_bias"].reshape(1, -1)
     qkv = qkv.reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
@@ -120,7 +124,7 @@ def _attention(
         qk = apply_rope(qk, *rope)
     q, k = qk[:, :, :group], qk[:, :, group]
     out, cache = see(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
-    out = linear(out.reshape(tokens, -1), weights["o"])
+    out = linear(out.reshape(tokens, -1), weights["o"], target)
     return out + weights["o_bias"][None] if config.output_bias else out, cache
 
 
@@ -137,8 +141,8 @@ def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
     return jnp.concatenate([q, k[:, :, None]], axis=2)
 
 
-def _gated(config: ModelConfig, x: Array, weights: Params) -> Array:
-    return gated_mlp(x, weights, config.activation, mlp_block(config))
+def _gated(config: ModelConfig, target: Target, x: Array, weights: Params) -> Array:
+    return gated_mlp(x, weights, config.activation, mlp_block(config), target)
 
 
 MIXERS = {"attention": _attention}

@@ -7,14 +7,18 @@ norms, rotary angles, softmax and logits are float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import Rope
+from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.target import Target
 
-Params = dict[str, Array]
+Params = dict[str, Any]  # arrays; matrices that `linear` multiplies may be `Quantized`
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -23,8 +27,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: Array | Quantized, target: Target) -> Array:
     """x [tokens, in] times weight [in, out] (or a shape that flattens to it), accumulated in float32."""
+    if isinstance(weight, Quantized):
+        return quantized_matmul(x, weight, target=target)
     weight = weight.reshape(x.shape[1], -1)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.dot(x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -56,14 +62,14 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
-def gated_mlp(x: Array, weights: Params, activation: str, block: int) -> Array:
+def gated_mlp(x: Array, weights: Params, activation: str, block: int, target: Target) -> Array:
     """down(act(gate(x)) * up(x)); x is [tokens, embed]; gate and up stand in turns of `block` columns."""
-    gate_up = linear(x, weights["gate_up"])
+    gate_up = linear(x, weights["gate_up"], target)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
     gate_up = gate_up.reshape(x.shape[0], -1, 2, block)
     gate = ACTIVATIONS[activation](gate_up[:, :, 0].astype(jnp.float32)).astype(x.dtype)
-    out = linear((gate * gate_up[:, :, 1]).reshape(x.shape[0], -1), weights["down"])
+    out = linear((gate * gate_up[:, :, 1]).reshape(x.shape[0], -1), weights["down"], target)
     return out + weights["down_bias"][None] if "down_bias" in weights else out
 
 

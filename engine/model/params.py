@@ -54,7 +54,12 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     if config.norm_place in ("pre", "sandwich"):
         specs["attn_norm"] = _norm(hidden)
     specs["qkv"] = ParamSpec(
-        (hidden, kv, group + 2, head), dtype, ("embed", "kv_heads", None, "head_dim"), fan_in=hidden, rows=1
+        (hidden, kv, group + 2, head),
+        dtype,
+        ("embed", "kv_heads", None, "head_dim"),
+        fan_in=hidden,
+        rows=1,
+        packable=True,
     )
     if config.qkv_bias:
         specs["qkv_bias"] = ParamSpec((kv, group + 2, head), dtype, ("kv_heads", None, "head_dim"), init="zeros")
@@ -65,7 +70,12 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         specs["q_norm"] = _norm(kv, group, head, axes=("kv_heads", None, "head_dim"))
         specs["k_norm"] = _norm(kv, head, axes=("kv_heads", "head_dim"))
     specs["o"] = ParamSpec(
-        (kv, group, head, hidden), dtype, ("kv_heads", None, "head_dim", "embed"), fan_in=kv * group * head, rows=3
+        (kv, group, head, hidden),
+        dtype,
+        ("kv_heads", None, "head_dim", "embed"),
+        fan_in=kv * group * head,
+        rows=3,
+        packable=True,
     )
     if config.output_bias:
         specs["o_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
@@ -74,8 +84,10 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     if config.norm_place in ("pre", "sandwich"):
         specs["mlp_norm"] = _norm(hidden)
     blocks, block = mlp // mlp_block(config), mlp_block(config)
-    specs["gate_up"] = ParamSpec((hidden, blocks, 2, block), dtype, ("embed", "mlp", None, None), fan_in=hidden, rows=1)
-    specs["down"] = ParamSpec((mlp, hidden), dtype, ("mlp", "embed"), fan_in=mlp)
+    specs["gate_up"] = ParamSpec(
+        (hidden, blocks, 2, block), dtype, ("embed", "mlp", None, None), fan_in=hidden, rows=1, packable=True
+    )
+    specs["down"] = ParamSpec((mlp, hidden), dtype, ("mlp", "embed"), fan_in=mlp, packable=True)
     if config.mlp_bias:
         specs["gate_up_bias"] = ParamSpec((blocks, 2, block), dtype, ("mlp", None, None), init="zeros")
         specs["down_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat
-from pallas_kernels.quantized_matmul import reference
+from pallas_kernels.quantized_matmul import reference, tpu
 from pallas_kernels.target import Target
 
 
@@ -31,7 +32,10 @@ class MatmulSpec:
     scale_dtype: str = "float32"
 
 
-CANDIDATES: tuple[Implementation[MatmulSpec], ...] = (Implementation("reference", never, reference.run),)
+CANDIDATES: tuple[Implementation[MatmulSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.run),
+    Implementation("reference", never, reference.run),
+)
 
 
 def choice(spec: MatmulSpec, target: Target) -> Choice[MatmulSpec]:
@@ -45,11 +49,11 @@ def quantized_matmul(x: Array, w: Quantized, *, target: Target) -> Array:
     With w.activations == "dynamic" each row of x is first rounded to the weight's format, with a
     scale of its own. A row of x that is not finite spoils its own result only.
     """
-    run = choice(_spec(x, w), target).implementation.run
+    run = choice(spec_of(x, w), target).implementation.run
     return run(x, w, target=target)
 
 
-def _spec(x: Array, w: Quantized) -> MatmulSpec:
+def spec_of(x: Array | jax.ShapeDtypeStruct, w: Quantized) -> MatmulSpec:
     """The call's spec, once its shapes fit together; ValueError names the numbers that do not."""
     if x.ndim != 2 or len(w.shape) != 2:
         raise ValueError(f"x {x.shape} and w {w.shape} must have two dimensions each")

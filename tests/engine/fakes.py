@@ -18,6 +18,7 @@ from engine.pages import TRASH_PAGE
 from engine.plan import DecodeRow, PrefillRow, PromptLogprobs, RowResult, StepPlan, StepResult
 from engine.request import MAX_LOGPROBS, Request, SamplingParams
 from engine.sequence import Sequence, stop_token_ids
+from pallas_kernels.target import CPU
 
 VOCAB = 251
 CONFIG = EngineConfig(
@@ -26,6 +27,9 @@ CONFIG = EngineConfig(
     max_num_seqs=4,
     max_num_batched_tokens=16,
     max_prefill_rows=3,
+    kv_cache_dtype="float32",
+    quantization=None,
+    target=CPU,
     page_size=4,
     num_pages=33,
     decode_steps=3,

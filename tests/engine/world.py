@@ -23,6 +23,7 @@ from engine.request import FinishReason, Request, SamplingParams, TextDelta
 from engine.runner import Runner
 from engine.sequence import stop_token_ids
 from engine.stats import Counters
+from pallas_kernels.target import CPU
 from sharding.params import init_array
 from tests.oracle import naive_logits
 
@@ -48,6 +49,9 @@ CONFIG = EngineConfig(
     max_num_seqs=6,
     max_num_batched_tokens=48,
     max_prefill_rows=4,
+    kv_cache_dtype="float32",
+    quantization=None,
+    target=CPU,
     page_size=4,
     num_pages=200,
     decode_steps=3,

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ContextOverflow, EngineStopped, InvalidParam, QueueFull
 from engine.request import FinishReason, Logprob, Request, TextDelta, TokenLogprobs
 from engine.stats import EngineStats
+from pallas_kernels.target import CPU
 from server.lifecycle import Sink
 
 BOS, END, VOCAB = 256, 257, 260
@@ -22,6 +23,7 @@ MINUS_INFINITY = float("-inf")
 
 CONFIG = EngineConfig(
     dtype="float32", max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=256, max_prefill_rows=4, page_size=16,
+    kv_cache_dtype="float32", quantization=None, target=CPU,
     num_pages=1024, decode_steps=1, token_buckets=(256,), prefill_decode_buckets=(0, 8), decode_buckets=(8,),
     enable_prefix_caching=True, overlap=False, max_queued_requests=64, seed=0,
 )  # fmt: skip

@@ -1,0 +1,70 @@
+"""Which implementation each op of the step programs gets, and why: said at start-up, before any tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from engine.batch import StepKey, lattice
+from engine.config import EngineConfig
+from engine.errors import InvalidParam
+from engine.model.config import LayerSpec, ModelConfig
+from engine.programs import compute_of, param_shapes
+from pallas_kernels.choice import Choice, KernelDeclined
+from pallas_kernels.kv_write import api as kv_write
+from pallas_kernels.paged_attention import api as paged_attention
+from pallas_kernels.paged_attention.api import AttentionSpec
+from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized_matmul import api as quantized_matmul
+
+
+def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
+    """One line for each op and set of shapes that gets a choice of its own.
+
+    Raises InvalidParam when an implementation that was asked for by name does not exist or declines.
+    """
+    try:
+        return list(dict.fromkeys(map(str, _choices(model, config))))
+    except (KernelDeclined, ValueError) as error:
+        raise InvalidParam("kernel", str(error)) from None
+
+
+def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
+    compute, dtype = compute_of(model, config), config.dtype
+    for key in lattice(config):
+        for spec in dict.fromkeys(model.layers):
+            for attention in _attention_specs(model, config, spec, key):
+                yield paged_attention.choice(attention, config.target)
+        tokens = key.tokens + key.rows
+        yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, compute.kv), config.target)
+        for name, weight in param_shapes(model, config).items():
+            if isinstance(weight, Quantized) and name.startswith("layers.0."):
+                x = jax.ShapeDtypeStruct((tokens, weight.shape[-2]), jnp.dtype(dtype))
+                yield quantized_matmul.choice(quantized_matmul.spec_of(x, weight), config.target)
+
+
+def _attention_specs(
+    model: ModelConfig, config: EngineConfig, layer: LayerSpec, key: StepKey
+) -> Iterator[AttentionSpec]:
+    """The attention calls of a layer in one program."""
+    calls: list[tuple[Literal["decode", "prefill"], int, int]] = [
+        ("decode", key.rows, key.rows),
+        ("prefill", key.tokens, config.max_prefill_rows),
+    ]
+    for kind, tokens, rows in calls:
+        if tokens:
+            yield AttentionSpec(
+                kind=kind,
+                tokens=tokens,
+                rows=rows,
+                pages_per_seq=config.max_pages_per_seq,
+                q_heads=model.num_q_heads,
+                page_size=config.page_size,
+                dtype=config.dtype,
+                layout=compute_of(model, config).kv,
+                softcap=model.attention_softcap,
+                window=layer.window,
+            )
