@@ -18,7 +18,7 @@ from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.kv_layout import KVLayout
-from pallas_kernels.paged_attention import reference, tpu
+from pallas_kernels.paged_attention import gpu, reference, tpu
 from pallas_kernels.target import Target
 
 
@@ -41,10 +41,12 @@ class AttentionSpec:
 
 DECODE: tuple[Implementation[AttentionSpec], ...] = (
     Implementation("tpu", tpu.declines, tpu.decode),
+    Implementation("gpu", gpu.declines, gpu.decode),
     Implementation("reference", never, reference.decode),
 )
 PREFILL: tuple[Implementation[AttentionSpec], ...] = (
     Implementation("tpu", tpu.declines, tpu.prefill),
+    Implementation("gpu", gpu.declines, gpu.prefill),
     Implementation("reference", never, reference.prefill),
 )
 

@@ -1,0 +1,506 @@
+"""The Hopper kernel under both forms of paged attention: TMA loads of pages, wgmma, a persistent grid.
+
+A block has one or two consumer warpgroups (64 query rows on the M side of wgmma each) and a loader,
+which runs ahead through a ring of shared-memory stages, across the borders of units of work. The
+softmax follows FlashAttention-3 (arXiv 2407.08608) as in jax/experimental/pallas/ops/gpu/
+attention_mgpu.py (Apache-2.0). A unit is one item of the schedule times one group of query heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+WARPGROUP_ROWS = 64  # M of a wgmma
+PART = 128  # columns of an accumulator; a wider head has two, so that only one is in flight
+LOWEST = -1e30  # highest score before any key: finite, so that a masked score (-inf) weighs exp2(-inf) = 0
+LOG2_E = math.log2(math.e)
+# Columns of the schedule, int32 [items + 1, columns]; its last row starts with the number of items with work.
+FIELDS = ("out", "query", "row", "first", "last", "position", "low", "high")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel is compiled for.
+
+    by_keys: consumers share one tile of `q_rows` rows and take alternate key blocks (decode);
+    else each has 64 rows of its own and both see every block (prefill).
+    """
+
+    by_keys: bool
+    consumers: int
+    q_rows: int  # rows of a unit's query tile in memory; by_keys: a multiple of 8 up to 64
+    group: int  # rows that share a token: query heads of one head group
+    block_kv: int
+    stages: int
+    page_size: int
+    kv_heads: int
+    subgroups: int  # head groups of one KV head
+    head_width: int
+    blocks: int  # of the persistent grid
+    out_dtype: str  # float32 (by_keys) or bfloat16
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: bool  # a float32 [head_groups * q_rows] operand
+    lse: bool  # a second result: base-2 log of each row's sum of weights
+    interpret: Any = False
+
+    @property
+    def head_groups(self) -> int:
+        return self.kv_heads * self.subgroups
+
+    @property
+    def copy_rows(self) -> int:
+        """Tokens of one TMA load: a page, or what a stage holds of a larger one."""
+        return min(self.page_size, self.block_kv)
+
+    @property
+    def copies(self) -> int:
+        return self.block_kv // self.copy_rows
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Widths of the accumulators."""
+        width = min(PART, self.head_width)
+        return (width,) * (self.head_width // width) + ((rest,) if (rest := self.head_width % width) else ())
+
+    @property
+    def q_tiles(self) -> int:
+        """Query tiles in shared memory."""
+        return 1 if self.by_keys else self.consumers
+
+    def scratch_bytes(self) -> int:
+        """Shared memory of a block: the ring, queries, the float32 result of by_keys, small vectors, barriers."""
+        ring = self.stages * self.block_kv * 2 * self.head_width * 2
+        queries = self.q_tiles * WARPGROUP_ROWS * self.head_width * 2
+        result = WARPGROUP_ROWS * self.head_width * 4 if self.by_keys else 0
+        return ring + queries + result + 2048
+
+
+def attend(
+    tile: Tile, schedule: Array, tables: Array, q: Array, pages: Array, sinks: Array | None
+) -> tuple[Array, Array | None]:
+    """Runs the schedule. q: [query tiles * head_groups * q_rows, head_width].
+
+    Returns the weighted mean of the values, [items * head_groups * q_rows, head_width] in out_dtype, and with
+    `lse` float32 [items * head_groups * 64]. What idle items would write stays uninitialised.
+    """
+    units = (schedule.shape[0] - 1) * tile.head_groups
+    results = [jax.ShapeDtypeStruct((units * tile.q_rows, tile.head_width), jnp.dtype(tile.out_dtype))]
+    if tile.lse:
+        results.append(jax.ShapeDtypeStruct((units * WARPGROUP_ROWS,), jnp.float32))
+    operands = [schedule, tables, q, pages] + ([] if sinks is None else [sinks])
+
+    def body(*refs: Any) -> None:
+        named = dict(zip(("schedule", "tables", "q", "pages"), refs, strict=False))
+        rest = list(refs[4:])
+        named["sinks"] = rest.pop(0) if tile.sinks else None
+        named["out"] = rest.pop(0)
+        named["lse"] = rest.pop(0) if tile.lse else None
+        _in_scope(tile, named)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=results,
+        grid=(min(tile.blocks, units),),
+        grid_names=("block",),
+        num_threads=tile.consumers + 1,
+        thread_name="wg",
+        interpret=tile.interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    out = kernel(*operands)
+    return out[0], out[1] if tile.lse else None
+
+
+@dataclass(frozen=True)
+class _Refs:
+    """Operands and results in global memory, then shared memory, then barriers. None: this tile has none."""
+
+    schedule: Any
+    tables: Any
+    q: Any
+    pages: Any
+    sinks: Any
+    out: Any
+    lse: Any
+    kv_ring: Any  # [stages, block_kv, 2 * head_width], keys beside values
+    queries: Any  # [q_tiles, 64, head_width]; prefill leaves its result here
+    result: Any  # float32 [64, head_width]
+    stats: Any  # float32 [2, 64]: the other consumer's highest score and sum of weights
+    vector: Any  # float32 [consumers, 64]: sinks on the way in, lse on the way out
+    weights: Any  # only in the interpreter, whose wgmma takes no registers
+    filled: Any
+    freed: Any
+    loaded: Any  # of queries, one a consumer
+    vector_loaded: Any
+    shared: Any  # both consumers have reached a point
+    merge_ready: Any
+
+
+def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
+    """Allocates shared memory and barriers, and sends each warpgroup to its role."""
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    swizzled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    both = tile.consumers == 2
+    scratch = {
+        "kv_ring": plgpu.SMEM((tile.stages, tile.block_kv, 2 * tile.head_width), jnp.bfloat16, transforms=swizzled),
+        "queries": plgpu.SMEM((tile.q_tiles, WARPGROUP_ROWS, tile.head_width), jnp.bfloat16, transforms=swizzled),
+        "result": plgpu.SMEM((WARPGROUP_ROWS, tile.head_width), jnp.float32, transforms=swizzled32)
+        if tile.by_keys
+        else None,
+        "stats": plgpu.SMEM((2, WARPGROUP_ROWS), jnp.float32) if tile.by_keys and both else None,
+        "vector": plgpu.SMEM((tile.consumers, WARPGROUP_ROWS), jnp.float32) if tile.sinks or tile.lse else None,
+        "weights": plgpu.SMEM((tile.consumers, WARPGROUP_ROWS, tile.block_kv), jnp.bfloat16, transforms=swizzled)
+        if tile.interpret
+        else None,
+        "filled": plgpu.Barrier(num_arrivals=tile.copies, num_barriers=tile.stages),
+        "freed": plgpu.Barrier(num_arrivals=1 if tile.by_keys else tile.consumers, num_barriers=tile.stages),
+        "loaded": plgpu.Barrier(num_barriers=tile.consumers),
+        "vector_loaded": plgpu.Barrier(num_barriers=tile.consumers) if tile.sinks else None,
+        "shared": plgpu.Barrier(num_arrivals=2) if both else None,
+        "merge_ready": plgpu.Barrier() if tile.by_keys and both else None,
+    }
+    present = {name: kind for name, kind in scratch.items() if kind is not None}
+
+    def roles(**allocated: Any) -> None:
+        refs = _Refs(**named, **{name: allocated.get(name) for name in scratch})
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < tile.consumers)
+        def _() -> None:
+            if tile.consumers == 2:
+                plgpu.set_max_registers(232, action="increase")
+            _consumer(tile, refs, wg)
+
+        @pl.when(wg == tile.consumers)
+        def _() -> None:
+            if tile.consumers == 2:
+                plgpu.set_max_registers(40, action="decrease")
+            _loader(tile, refs)
+
+    pl.run_scoped(roles, **present, collective_axes="wg")
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One unit of work: int32 scalars, see `FIELDS`."""
+
+    head_group: Array
+    out: Array  # tile of the result
+    query: Array  # tile of q
+    row: Array  # of the block tables
+    first: Array  # key block
+    last: Array  # key block, exclusive
+    position: Array  # of the tile's first query
+    low: Array  # first key that any of its queries sees
+    high: Array  # behind the last one
+
+
+def _for_units(tile: Tile, refs: _Refs, body: Callable[[_Unit, Any], Any], carry: Any) -> Any:
+    """This block's share of the units that have work: every `blocks`-th."""
+    block = lax.axis_index("block")
+    blocks = min(tile.blocks, (refs.schedule.shape[0] - 1) * tile.head_groups)
+    active = refs.schedule[refs.schedule.shape[0] - 1, 0] * tile.head_groups
+    turns = jnp.maximum(lax.div(active - block + (blocks - 1), jnp.int32(blocks)), 0)
+
+    def turn(i: Array, carry: Any) -> Any:
+        unit = block + i * blocks
+        item = lax.div(unit, jnp.int32(tile.head_groups))
+        head_group = unit - item * tile.head_groups
+        fields = {name: refs.schedule[item, k] for k, name in enumerate(FIELDS)}
+        return body(_Unit(head_group, **fields), carry)
+
+    return lax.fori_loop(0, turns, turn, carry)
+
+
+def _loader(tile: Tile, refs: _Refs) -> None:
+    """Fills the ring. `count` is the number of stages filled so far, over all units."""
+
+    def unit_loads(unit: _Unit, count: Array) -> Array:
+        column = lax.div(unit.head_group, jnp.int32(tile.subgroups)) * (2 * tile.head_width)
+
+        def fill(block: Array, count: Array) -> Array:
+            slot = lax.rem(count, jnp.int32(tile.stages))
+
+            @pl.when(count >= tile.stages)
+            def _() -> None:
+                plgpu.barrier_wait(refs.freed.at[slot])
+
+            starts = [block * tile.block_kv + i * tile.copy_rows for i in range(tile.copies)]
+            last_entry = refs.tables.shape[1] - 1
+            entries = [jnp.minimum(lax.div(start, jnp.int32(tile.page_size)), last_entry) for start in starts]
+            page_ids = [refs.tables[unit.row, entry] for entry in entries]  # all loads in flight before the first use
+            for i, (start, page) in enumerate(zip(starts, page_ids, strict=True)):
+                seen = (start < unit.high) & (start + tile.copy_rows > unit.low)
+
+                @pl.when(seen)
+                def _(i: int = i, start: Array = start, page: Array = page) -> None:
+                    offset = lax.rem(start, jnp.int32(tile.page_size))
+                    rows = pl.ds(0, tile.page_size) if tile.copies > 1 else pl.ds(offset, tile.copy_rows)
+                    plgpu.copy_gmem_to_smem(
+                        refs.pages.at[page, rows, pl.ds(column, 2 * tile.head_width)],
+                        refs.kv_ring.at[slot, pl.ds(i * tile.copy_rows, tile.copy_rows)],
+                        refs.filled.at[slot],
+                    )
+
+                @pl.when(jnp.logical_not(seen))
+                def _() -> None:
+                    plgpu.barrier_arrive(refs.filled.at[slot])
+
+            return count + 1
+
+        return lax.fori_loop(unit.first, unit.last, fill, count)
+
+    count = _for_units(tile, refs, unit_loads, jnp.int32(0))
+
+    # Stages are left as they were found: every arrival has been waited for.
+    def drain(i: Array, carry: None) -> None:
+        plgpu.barrier_wait(refs.freed.at[lax.rem(i, jnp.int32(tile.stages))])
+
+    lax.fori_loop(jnp.maximum(count - tile.stages, 0), count, drain, None)
+
+
+State = tuple[tuple[Array, ...], Array, Array]  # accumulators [64, part], highest score (base 2) and sum [64]
+
+
+def _consumer(tile: Tile, refs: _Refs, wg: Array) -> None:
+    """Softmax and products of this warpgroup's rows (or key blocks), unit by unit."""
+
+    def unit_attends(unit: _Unit, count: Array) -> Array:
+        _load_queries(tile, refs, unit, wg)
+        stride = tile.consumers if tile.by_keys else 1
+        mine = lax.rem(wg + lax.rem(count, jnp.int32(stride)), jnp.int32(stride))  # the ring's slots alternate
+
+        def step(i: Array, state: State) -> State:
+            turn = mine + i * stride
+            slot = lax.rem(count + turn, jnp.int32(tile.stages))
+            return _one_block(tile, refs, unit, wg, slot, (unit.first + turn) * tile.block_kv, state)
+
+        turns = lax.div(unit.last - unit.first - mine + (stride - 1), jnp.int32(stride))
+        state = lax.fori_loop(0, turns, step, _start(tile))
+        if tile.by_keys:
+            _finish_by_keys(tile, refs, unit, wg, state)
+        else:
+            _finish_by_rows(tile, refs, unit, wg, state)
+        return count + (unit.last - unit.first)
+
+    _for_units(tile, refs, unit_attends, jnp.int32(0))
+
+
+def _load_queries(tile: Tile, refs: _Refs, unit: _Unit, wg: Array) -> None:
+    """By keys: one consumer loads for both, once both have left the unit before."""
+    base = (unit.query * tile.head_groups + unit.head_group) * tile.q_rows
+    if tile.by_keys:
+        if tile.consumers == 2:
+            plgpu.barrier_arrive_and_wait(refs.shared)
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(
+                refs.q.at[pl.ds(base, tile.q_rows)], refs.queries.at[0, pl.ds(0, tile.q_rows)], refs.loaded.at[0]
+            )
+
+        plgpu.barrier_wait(refs.loaded.at[0])
+        return
+    plgpu.copy_gmem_to_smem(
+        refs.q.at[pl.ds(base + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)], refs.queries.at[wg], refs.loaded.at[wg]
+    )
+    if tile.sinks:
+        at = unit.head_group * tile.q_rows + wg * WARPGROUP_ROWS
+        plgpu.copy_gmem_to_smem(refs.sinks.at[pl.ds(at, WARPGROUP_ROWS)], refs.vector.at[wg], refs.vector_loaded.at[wg])
+    plgpu.barrier_wait(refs.loaded.at[wg])
+
+
+def _start(tile: Tile) -> State:
+    acc = tuple(
+        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), plgpu.Layout.WGMMA) for width in tile.parts
+    )
+    row = plgpu.Layout.WGMMA.reduce(1)
+    top = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), row)
+    return acc, top, plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), row)
+
+
+def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array, state: State) -> State:
+    """Fold keys [start, start + block_kv) into the state."""
+    acc, top, total = state
+    width, mine = tile.head_width, 0 if tile.by_keys else wg
+    plgpu.barrier_wait(refs.filled.at[slot])
+    _blank_unseen_values(tile, refs, wg, slot, start, unit.low, unit.high)
+
+    def product(ref: Any) -> Array:
+        plgpu.wgmma(ref, refs.queries.at[mine], refs.kv_ring.at[slot, :, pl.ds(0, width)].T)
+        return ref[...]
+
+    scores = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, tile.block_kv), jnp.float32))
+    scores, factor = _scaled(tile, scores)
+    scores = _masked(tile, unit.position, mine, start, scores)
+    new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+    total = total * shrink + weights.sum(axis=1)
+    weights = weights.astype(jnp.bfloat16)
+    if tile.interpret:
+        refs.weights[wg] = weights
+        plgpu.commit_smem()
+        weights = refs.weights.at[wg]
+    new_acc, column = [], width
+    for part in acc:
+        columns = pl.ds(column, part.shape[1])
+
+        def add(ref: Any, columns: Any = columns) -> Array:
+            plgpu.wgmma(ref, weights, refs.kv_ring.at[slot, :, columns])
+            return ref[...]
+
+        added = pl.run_scoped(add, plgpu.ACC(part.shape, jnp.float32))
+        new_acc.append(part * lax.broadcast_in_dim(shrink, part.shape, [0]) + added)
+        column += part.shape[1]
+    plgpu.barrier_arrive(refs.freed.at[slot])
+    return tuple(new_acc), new_top, total
+
+
+def _scaled(tile: Tile, scores: Array) -> tuple[Array, float]:
+    """Scores and the factor that is still missing to make them base-2 exponents."""
+    if tile.softcap is None:
+        return scores, tile.scale * LOG2_E
+    # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's tanh is good to 11 bits only, its exp2 to 22.
+    grown = jnp.exp2(scores * (2 * LOG2_E * tile.scale / tile.softcap))
+    return 1.0 - 2.0 / (1.0 + grown), tile.softcap * LOG2_E
+
+
+def _masked(tile: Tile, position: Array, mine: Array | int, start: Array, scores: Array) -> Array:
+    """-inf where the row's query does not see the key; nothing to do in the middle of a row."""
+    one_token = tile.by_keys
+    lead = position if one_token else position + lax.div(mine * WARPGROUP_ROWS, jnp.int32(tile.group))
+    tail = position if one_token else position + lax.div(mine * WARPGROUP_ROWS + 63, jnp.int32(tile.group))
+    all_seen = start + (tile.block_kv - 1) <= lead
+    if tile.window is not None:
+        all_seen &= start > tail - tile.window
+
+    def mask(scores: Array) -> Array:
+        shape, layout = scores.shape, plgpu.Layout.WGMMA
+        keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + start
+        if one_token:
+            seen = keys <= position
+            if tile.window is not None:
+                seen &= keys > position - tile.window
+        else:
+            rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + mine * WARPGROUP_ROWS
+            queries = lax.div(rows, jnp.int32(tile.group)) + position
+            seen = keys <= queries
+            if tile.window is not None:
+                seen &= keys > queries - tile.window
+        return jnp.where(seen, scores, -jnp.inf)
+
+    return lax.cond(all_seen, lambda s: s, mask, scores)
+
+
+def _blank_unseen_values(
+    tile: Tile, refs: _Refs, wg: Array, slot: Array, start: Array, low: Array, high: Array
+) -> None:
+    """Zero the values outside [low, high): stale ones may be NaN, and 0 * NaN is NaN in wgmma."""
+
+    @pl.when((start < low) | (start + tile.block_kv > high))
+    def _() -> None:
+        def blank() -> None:
+            for row in range(0, tile.block_kv, WARPGROUP_ROWS):
+                for column in range(tile.head_width, 2 * tile.head_width, 64):
+                    part = refs.kv_ring.at[slot, pl.ds(row, WARPGROUP_ROWS), pl.ds(column, 64)]
+                    values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                    keys = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, 64), 0, layout=plgpu.Layout.WGMMA)
+                    keys += start + row
+                    part[...] = jnp.where((keys >= low) & (keys < high), values, jnp.bfloat16(0))
+            plgpu.commit_smem()
+
+        if tile.by_keys:
+            blank()
+        else:
+            pl.when(wg == 0)(blank)
+            if tile.consumers == 2:
+                plgpu.barrier_arrive_and_wait(refs.shared)
+
+
+def _finish_by_rows(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: State) -> None:
+    """Every consumer writes its 64 rows, through the buffer that held their queries."""
+    acc, top, total = state
+    if tile.sinks:
+        plgpu.barrier_wait(refs.vector_loaded.at[wg])
+        sinks = plgpu.load(refs.vector.at[wg], layout=plgpu.Layout.WGMMA.reduce(1))
+        total += jnp.exp2(sinks * LOG2_E - top)
+    column = 0
+    for part in acc:
+        mean = part / lax.broadcast_in_dim(total, part.shape, [0])
+        refs.queries[wg, :, pl.ds(column, part.shape[1])] = mean.astype(jnp.bfloat16)
+        column += part.shape[1]
+    plgpu.commit_smem()
+    base = (unit.out * tile.head_groups + unit.head_group) * tile.q_rows + wg * WARPGROUP_ROWS
+    plgpu.copy_smem_to_gmem(refs.queries.at[wg], refs.out.at[pl.ds(base, WARPGROUP_ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _finish_by_keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: State) -> None:
+    """The second consumer hands its state to the first, which writes the unit's result.
+
+    The buffers are free again when both have met at the start of the next unit.
+    """
+    if tile.consumers == 1:
+        _write_by_keys(tile, refs, unit, state)
+        return
+
+    @pl.when(wg == 1)
+    def _() -> None:
+        acc, top, total = state
+        _store_parts(refs.result, acc)
+        refs.stats[0] = top
+        refs.stats[1] = total
+        plgpu.barrier_arrive(refs.merge_ready)
+
+    @pl.when(wg == 0)
+    def _() -> None:
+        plgpu.barrier_wait(refs.merge_ready)
+        _write_by_keys(tile, refs, unit, _merged(refs, state))
+
+
+def _merged(refs: _Refs, state: State) -> State:
+    acc, top, total = state
+    row = plgpu.Layout.WGMMA.reduce(1)
+    other_top, other_total = plgpu.load(refs.stats.at[0], layout=row), plgpu.load(refs.stats.at[1], layout=row)
+    new_top = jnp.maximum(top, other_top)
+    mine, theirs = jnp.exp2(top - new_top), jnp.exp2(other_top - new_top)
+    merged, column = [], 0
+    for part in acc:
+        other = plgpu.load(refs.result.at[:, pl.ds(column, part.shape[1])], layout=plgpu.Layout.WGMMA)
+        merged.append(
+            part * lax.broadcast_in_dim(mine, part.shape, [0]) + other * lax.broadcast_in_dim(theirs, part.shape, [0])
+        )
+        column += part.shape[1]
+    return tuple(merged), new_top, total * mine + other_total * theirs
+
+
+def _write_by_keys(tile: Tile, refs: _Refs, unit: _Unit, state: State) -> None:
+    acc, top, total = state
+    _store_parts(refs.result, tuple(part / lax.broadcast_in_dim(total, part.shape, [0]) for part in acc))
+    if tile.lse:
+        refs.vector[0] = top + jnp.log2(total)
+    plgpu.commit_smem()
+    at = unit.out * tile.head_groups + unit.head_group
+    plgpu.copy_smem_to_gmem(refs.result.at[pl.ds(0, tile.q_rows)], refs.out.at[pl.ds(at * tile.q_rows, tile.q_rows)])
+    if tile.lse:
+        plgpu.copy_smem_to_gmem(refs.vector.at[0], refs.lse.at[pl.ds(at * WARPGROUP_ROWS, WARPGROUP_ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store_parts(ref: Any, parts: tuple[Array, ...]) -> None:
+    column = 0
+    for part in parts:
+        ref[:, pl.ds(column, part.shape[1])] = part
+        column += part.shape[1]
