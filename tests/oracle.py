@@ -6,6 +6,7 @@ What the engine's tokens and logits are compared with. Shares only the decoder w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -15,15 +16,19 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
+from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
 from pallas_kernels.target import CPU
 
 
-def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int]) -> np.ndarray:
-    """float32 [tokens, vocab]: logits after every token. Lengths are padded to powers of two for jit."""
+def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int], kv: KVLayout | None = None) -> np.ndarray:
+    """float32 [tokens, vocab]: logits after every token. Lengths are padded to powers of two for jit.
+
+    kv: keys and values are seen as a quantized cache of that layout keeps them.
+    """
     length = len(token_ids)
     tokens = np.zeros(max(16, 1 << (length - 1).bit_length()), np.int32)
     tokens[:length] = token_ids
-    return np.asarray(_forward(config, params, tokens))[:length]
+    return np.asarray(_forward(config, kv, params, tokens))[:length]
 
 
 def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], num_tokens: int) -> list[int]:
@@ -34,18 +39,31 @@ def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], nu
     return tokens[len(token_ids) :]
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: dict, tokens: Array) -> Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(config: ModelConfig, kv: KVLayout | None, params: dict, tokens: Array) -> Array:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     no_caches = (None,) * config.num_layers
-    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, _dense_attention, CPU)
+    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, DenseAttention(kv), CPU)
     return logits(config, params, hidden)
 
 
-def _dense_attention(
-    config: ModelConfig, layer: LayerSpec, view: None, cache: None, q: Array, k: Array, v: Array
-) -> tuple[Array, None]:
-    """Causal, windowed, soft-capped attention; q [tokens, q_heads, head_dim], k and v per KV head."""
+@dataclass(frozen=True)
+class DenseAttention:
+    """Causal, windowed, soft-capped attention over all tokens at once."""
+
+    kv: KVLayout | None
+
+    def __call__(
+        self, config: ModelConfig, layer: LayerSpec, view: None, cache: None, q: Array, k: Array, v: Array
+    ) -> tuple[Array, None]:
+        """q [tokens, q_heads, head_dim], k and v per KV head."""
+        if self.kv is not None:
+            rows = unpack_rows(pack_rows(k, v, self.kv), self.kv)
+            k, v = rows[:, :, 0], rows[:, :, 1]
+        return _attend(config, layer, q, k, v), None
+
+
+def _attend(config: ModelConfig, layer: LayerSpec, q: Array, k: Array, v: Array) -> Array:
     k, v = (jnp.repeat(a, config.q_per_kv, axis=1).astype(jnp.float32) for a in (k, v))
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("qhd,khd->hqk", q.astype(jnp.float32), k) * config.attention_scale
@@ -56,4 +74,4 @@ def _dense_attention(
         window = layer.window
         seen = (distance >= 0) & (distance < (window or q.shape[0]))
         weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype), None
+        return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype)

@@ -11,8 +11,10 @@ import random
 
 import pytest
 
+from engine.programs import compute_of
 from engine.request import FinishReason, Request, SamplingParams
-from tests.engine.world import CONFIG, Client, World, check_choice, run, step, world
+from tests.engine.world import CONFIG, KINDS, Client, World, check_choice, run, step, world
+from tests.oracle import naive_logits
 
 VOCAB = 97
 
@@ -98,6 +100,21 @@ def test_tokens_equal_naive_forward(block: int, overlap: bool) -> None:
     w = world()
     for seed in range(block * 10, block * 10 + 10):
         run_schedule(w, seed, overlap)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float"])
+@pytest.mark.parametrize("block", range(2))
+def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> None:
+    """The same net over packed weights and a quantized cache: what is stored never depends on chunks or hits."""
+    for seed in range(300 + block * 10, 310 + block * 10):
+        run_schedule(world(kind), seed, overlap=seed % 2 == 0)
+
+
+def test_the_oracle_sees_a_quantized_cache() -> None:
+    w = world("packed")
+    kept = naive_logits(w.model, w.params, range(60), compute_of(w.model, w.config).kv)
+    exact = naive_logits(w.model, w.params, range(60))
+    assert 1e-2 < abs(kept - exact).max() < 1
 
 
 def test_schedules_reach_the_hard_cases() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from engine.executables import NoProgramCache, compile_all
 from engine.loop import Engine
 from engine.model.config import LayerSpec, ModelConfig, Rope
 from engine.model.params import param_specs
-from engine.programs import serving_programs
+from engine.model.quantization import pack
+from engine.programs import compute_of, serving_programs
 from engine.request import FinishReason, Request, SamplingParams, TextDelta
 from engine.runner import Runner
 from engine.sequence import stop_token_ids
@@ -65,32 +67,42 @@ CONFIG = EngineConfig(
 )
 
 
+# What the equality net runs over: (model, configuration).
+KINDS = {
+    "float": (MODEL, CONFIG),
+    "packed": (MODEL, replace(CONFIG, quantization="int8", kv_cache_dtype="int8")),
+}
+
+
 @dataclass
 class World:
     model: ModelConfig
-    params: dict[str, jax.Array]
+    config: EngineConfig
+    params: dict[str, Any]
     runner: Runner
     counters: Counters
 
     def engine(self, **changes: object) -> Engine:
         """An engine over the shared programs. `changes` may only touch what no program's shape holds."""
         self.runner.reset()
-        config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+        config = replace(self.config, **changes)  # type: ignore[arg-type]
         return Engine(config, self.runner, vocab_size=self.model.vocab_size, counters=self.counters)
 
 
 @cache
-def world() -> World:
+def world(kind: str = "float") -> World:
+    model, config = KINDS[kind]
     rng = np.random.default_rng(3)
     params = {
-        name: jnp.asarray(init_array(spec, rng).reshape(spec.device_shape)) * (4.0 if name == "embed" else 1.0)
-        for name, spec in param_specs(MODEL, jnp.dtype(jnp.float32)).items()
+        name: jax.device_put(pack(spec, init_array(spec, rng), config.quantization))
+        for name, spec in param_specs(model, jnp.dtype(jnp.float32)).items()
     }
+    params["embed"] *= 4.0
     counters = Counters()
-    executables = compile_all(serving_programs(MODEL, CONFIG), NoProgramCache(), lambda phase, progress: None)
-    runner = Runner(MODEL, CONFIG, params, executables, counters)
+    executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, progress: None)
+    runner = Runner(model, config, params, executables, counters)
     runner.warm_up()
-    return World(MODEL, params, runner, counters)
+    return World(model, config, params, runner, counters)
 
 
 @dataclass
@@ -137,7 +149,8 @@ def check_choice(w: World, request: Request, seed: int, tokens: list[int], reaso
     """Every token is what the oracle draws after the ones before it, and the ending is right."""
     prompt, params = list(request.prompt_token_ids), request.params
     full = prompt + tokens
-    rows = naive_logits(w.model, w.params, full)
+    layout = compute_of(w.model, w.config).kv
+    rows = naive_logits(w.model, w.params, full, layout if layout.quantized else None)
     for i, token in enumerate(tokens):
         length = len(prompt) + i
         scores = oracle_scores(rows[length - 1].astype(np.float64), request, seed, full[:length])
