@@ -36,8 +36,6 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
         return "this JAX has no interpreter for Mosaic GPU"
     if spec.dtype != "bfloat16":
         return f"q is {spec.dtype}: wgmma keeps 10 bits of a float32's mantissa"
-    if layout.quantized:
-        return f"pages are {layout.dtype}"
     if layout.head_width % 64 or layout.head_width > 256:
         return f"head_width {layout.head_width} is not a multiple of 64 up to 256"
     tile = _tile_of(spec, target)
@@ -71,18 +69,20 @@ def decode_tile(
     group = q_heads // layout.kv_heads
     subgroups = -(-group // WARPGROUP_ROWS)
     rows = -(-group // subgroups)
-    stage_bytes = 64 * 4 * layout.head_width
+    itemsize, ring_bytes = (1, 98304) if layout.quantized else (2, 131072)
     return Tile(
         by_keys=True,
         consumers=1 if layout.head_width > 192 else 2,
         q_rows=-(-rows // 8) * 8,
         group=rows,
         block_kv=64,
-        stages=max(2, min(8, 131072 // stage_bytes) // 2 * 2),
+        stages=max(2, min(8, ring_bytes // (64 * 2 * layout.head_width * itemsize)) // 2 * 2),
         page_size=page_size,
         kv_heads=layout.kv_heads,
         subgroups=subgroups,
         head_width=layout.head_width,
+        dtype=layout.dtype,
+        tail=2 * layout.kv_heads * layout.head_width,
         blocks=_blocks(target),
         out_dtype="float32",
         sinks=False,  # counted when splits are combined
@@ -99,17 +99,20 @@ def prefill_tile(
     group = q_heads // layout.kv_heads
     subgroups = -(-group // (2 * WARPGROUP_ROWS))
     block_kv = 128 if layout.head_width <= 128 else 64
+    itemsize, ring_bytes = (1, 65536) if layout.quantized else (2, 163840)
     return Tile(
         by_keys=False,
         consumers=2,
         q_rows=2 * WARPGROUP_ROWS,
         group=-(-group // subgroups),
         block_kv=block_kv,
-        stages=max(2, min(4, 163840 // (block_kv * 4 * layout.head_width))),
+        stages=max(2, min(4, ring_bytes // (block_kv * 2 * layout.head_width * itemsize))),
         page_size=page_size,
         kv_heads=layout.kv_heads,
         subgroups=subgroups,
         head_width=layout.head_width,
+        dtype=layout.dtype,
+        tail=2 * layout.kv_heads * layout.head_width,
         blocks=_blocks(target),
         out_dtype="bfloat16",
         sinks=sinks,

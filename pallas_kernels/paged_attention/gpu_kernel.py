@@ -23,6 +23,18 @@ WARPGROUP_ROWS = 64  # M of a wgmma
 PART = 128  # columns of an accumulator; a wider head has two, so that only one is in flight
 LOWEST = -1e30  # highest score before any key: finite, so that a masked score (-inf) weighs exp2(-inf) = 0
 LOG2_E = math.log2(math.e)
+TAIL = 16  # bytes of exponents that a load brings, those of its head among them
+# How a warpgroup reads 64 rows of 8-bit numbers (8 bytes a thread, whole rows a warp) and writes them as bfloat16,
+# and how it reads the exponents. Neither makes threads of a warp wait for a bank.
+WIDEN_128 = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 128), (2, 128), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+WIDEN_64 = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+EXPONENTS = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 16), (16, 16), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 # Columns of the schedule, int32 [items + 1, columns]; its last row starts with the number of items with work.
 FIELDS = ("out", "query", "row", "first", "last", "position", "low", "high")
 
@@ -45,6 +57,8 @@ class Tile:
     kv_heads: int
     subgroups: int  # head groups of one KV head
     head_width: int
+    dtype: str  # of the pages; 8 bits: quantized
+    tail: int  # column of the row's exponents
     blocks: int  # of the persistent grid
     out_dtype: str  # float32 (by_keys) or bfloat16
     scale: float
@@ -68,10 +82,23 @@ class Tile:
         return self.block_kv // self.copy_rows
 
     @property
+    def quantized(self) -> bool:
+        return self.dtype != "bfloat16"
+
+    @property
+    def wide_halves(self) -> int:
+        """Buffers for what was quantized: keys, then values in their place; by rows, both at once."""
+        return 0 if not self.quantized else 1 if self.by_keys else 2
+
+    @property
     def parts(self) -> tuple[int, ...]:
         """Widths of the accumulators."""
         width = min(PART, self.head_width)
         return (width,) * (self.head_width // width) + ((rest,) if (rest := self.head_width % width) else ())
+
+    @property
+    def wide_tiles(self) -> int:
+        return self.consumers if self.by_keys else 1
 
     @property
     def q_tiles(self) -> int:
@@ -80,7 +107,10 @@ class Tile:
 
     def scratch_bytes(self) -> int:
         """Shared memory of a block: the ring, queries, the float32 result of by_keys, small vectors, barriers."""
-        ring = self.stages * self.block_kv * 2 * self.head_width * 2
+        ring = self.stages * self.block_kv * (2 * self.head_width * (1 if self.quantized else 2))
+        if self.quantized:
+            ring += self.stages * self.block_kv * TAIL + self.consumers * 2 * self.block_kv * 4
+            ring += self.wide_tiles * self.wide_halves * self.block_kv * self.head_width * 2
         queries = self.q_tiles * WARPGROUP_ROWS * self.head_width * 2
         result = WARPGROUP_ROWS * self.head_width * 4 if self.by_keys else 0
         return ring + queries + result + 2048
@@ -133,7 +163,10 @@ class _Refs:
     sinks: Any
     out: Any
     lse: Any
-    kv_ring: Any  # [stages, block_kv, 2 * head_width], keys beside values
+    kv_ring: Any  # [stages, block_kv, 2 * head_width], keys beside values; quantized: [stages, 2, block_kv, head_width]
+    tails: Any  # [stages, block_kv, TAIL]: exponents
+    factors: Any  # float32 [consumers, 2, block_kv]: their powers of two
+    wide: Any  # [consumers or 1, 1 or 2, block_kv, head_width]: quantized numbers in bfloat16
     queries: Any  # [q_tiles, 64, head_width]; prefill leaves its result here
     result: Any  # float32 [64, head_width]
     stats: Any  # float32 [2, 64]: the other consumer's highest score and sum of weights
@@ -151,9 +184,18 @@ def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
     """Allocates shared memory and barriers, and sends each warpgroup to its role."""
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     swizzled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    both = tile.consumers == 2
+    both, stored = tile.consumers == 2, jnp.dtype(tile.dtype)
     scratch = {
-        "kv_ring": plgpu.SMEM((tile.stages, tile.block_kv, 2 * tile.head_width), jnp.bfloat16, transforms=swizzled),
+        "kv_ring": plgpu.SMEM((tile.stages, 2, tile.block_kv, tile.head_width), stored)
+        if tile.quantized
+        else plgpu.SMEM((tile.stages, tile.block_kv, 2 * tile.head_width), stored, transforms=swizzled),
+        "tails": plgpu.SMEM((tile.stages, tile.block_kv, TAIL), stored) if tile.quantized else None,
+        "factors": plgpu.SMEM((tile.consumers, 2, tile.block_kv), jnp.float32) if tile.quantized else None,
+        "wide": plgpu.SMEM(
+            (tile.wide_tiles, tile.wide_halves, tile.block_kv, tile.head_width), jnp.bfloat16, transforms=swizzled
+        )
+        if tile.quantized
+        else None,
         "queries": plgpu.SMEM((tile.q_tiles, WARPGROUP_ROWS, tile.head_width), jnp.bfloat16, transforms=swizzled),
         "result": plgpu.SMEM((WARPGROUP_ROWS, tile.head_width), jnp.float32, transforms=swizzled32)
         if tile.by_keys
@@ -163,7 +205,7 @@ def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
         "weights": plgpu.SMEM((tile.consumers, WARPGROUP_ROWS, tile.block_kv), jnp.bfloat16, transforms=swizzled)
         if tile.interpret
         else None,
-        "filled": plgpu.Barrier(num_arrivals=tile.copies, num_barriers=tile.stages),
+        "filled": plgpu.Barrier(num_arrivals=tile.copies * (3 if tile.quantized else 1), num_barriers=tile.stages),
         "freed": plgpu.Barrier(num_arrivals=1 if tile.by_keys else tile.consumers, num_barriers=tile.stages),
         "loaded": plgpu.Barrier(num_barriers=tile.consumers),
         "vector_loaded": plgpu.Barrier(num_barriers=tile.consumers) if tile.sinks else None,
@@ -227,7 +269,7 @@ def _loader(tile: Tile, refs: _Refs) -> None:
     """Fills the ring. `count` is the number of stages filled so far, over all units."""
 
     def unit_loads(unit: _Unit, count: Array) -> Array:
-        column = lax.div(unit.head_group, jnp.int32(tile.subgroups)) * (2 * tile.head_width)
+        head = lax.div(unit.head_group, jnp.int32(tile.subgroups))
 
         def fill(block: Array, count: Array) -> Array:
             slot = lax.rem(count, jnp.int32(tile.stages))
@@ -247,15 +289,14 @@ def _loader(tile: Tile, refs: _Refs) -> None:
                 def _(i: int = i, start: Array = start, page: Array = page) -> None:
                     offset = lax.rem(start, jnp.int32(tile.page_size))
                     rows = pl.ds(0, tile.page_size) if tile.copies > 1 else pl.ds(offset, tile.copy_rows)
-                    plgpu.copy_gmem_to_smem(
-                        refs.pages.at[page, rows, pl.ds(column, 2 * tile.head_width)],
-                        refs.kv_ring.at[slot, pl.ds(i * tile.copy_rows, tile.copy_rows)],
-                        refs.filled.at[slot],
+                    _load_keys(
+                        tile, refs, head, slot, refs.pages.at[page, rows], pl.ds(i * tile.copy_rows, tile.copy_rows)
                     )
 
                 @pl.when(jnp.logical_not(seen))
                 def _() -> None:
-                    plgpu.barrier_arrive(refs.filled.at[slot])
+                    for _ in range(3 if tile.quantized else 1):
+                        plgpu.barrier_arrive(refs.filled.at[slot])
 
             return count + 1
 
@@ -268,6 +309,19 @@ def _loader(tile: Tile, refs: _Refs) -> None:
         plgpu.barrier_wait(refs.freed.at[lax.rem(i, jnp.int32(tile.stages))])
 
     lax.fori_loop(jnp.maximum(count - tile.stages, 0), count, drain, None)
+
+
+def _load_keys(tile: Tile, refs: _Refs, head: Array, slot: Array, source: Any, rows: Any) -> None:
+    """Rows of a page into rows of a stage; what the stage's barrier expects is three loads when quantized."""
+    column, filled = head * (2 * tile.head_width), refs.filled.at[slot]
+    if not tile.quantized:
+        plgpu.copy_gmem_to_smem(source.at[:, pl.ds(column, 2 * tile.head_width)], refs.kv_ring.at[slot, rows], filled)
+        return
+    for half in range(2):
+        columns = pl.ds(column + half * tile.head_width, tile.head_width)
+        plgpu.copy_gmem_to_smem(source.at[:, columns], refs.kv_ring.at[slot, half, rows], filled)
+    tail = tile.tail + lax.div(2 * head, jnp.int32(TAIL)) * TAIL
+    plgpu.copy_gmem_to_smem(source.at[:, pl.ds(tail, TAIL)], refs.tails.at[slot, rows], filled)
 
 
 State = tuple[tuple[Array, ...], Array, Array]  # accumulators [64, part], highest score (base 2) and sum [64]
@@ -333,39 +387,117 @@ def _start(tile: Tile) -> State:
 def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array, state: State) -> State:
     """Fold keys [start, start + block_kv) into the state."""
     acc, top, total = state
-    width, mine = tile.head_width, 0 if tile.by_keys else wg
+    mine = 0 if tile.by_keys else wg
     plgpu.barrier_wait(refs.filled.at[slot])
-    _blank_unseen_values(tile, refs, wg, slot, start, unit.low, unit.high)
+    keys = _keys(tile, refs, unit, wg, slot, start)
 
     def product(ref: Any) -> Array:
-        plgpu.wgmma(ref, refs.queries.at[mine], refs.kv_ring.at[slot, :, pl.ds(0, width)].T)
+        plgpu.wgmma(ref, refs.queries.at[mine], keys.T)
         return ref[...]
 
     scores = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, tile.block_kv), jnp.float32))
+    if tile.quantized:
+        scores *= _factors(refs, wg, 0, scores.shape)
     scores, factor = _scaled(tile, scores)
     scores = _masked(tile, unit.position, mine, start, scores)
     new_top = jnp.maximum(top, scores.max(axis=1) * factor)
     shrink = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, scores.shape, [0]))
     total = total * shrink + weights.sum(axis=1)
+    if tile.quantized:
+        weights *= _factors(refs, wg, 1, scores.shape)
     weights = weights.astype(jnp.bfloat16)
     if tile.interpret:
         refs.weights[wg] = weights
         plgpu.commit_smem()
         weights = refs.weights.at[wg]
-    new_acc, column = [], width
+    values, lead = _values(tile, refs, unit, wg, slot, start)
+    new_acc, column = [], lead
     for part in acc:
         columns = pl.ds(column, part.shape[1])
 
         def add(ref: Any, columns: Any = columns) -> Array:
-            plgpu.wgmma(ref, weights, refs.kv_ring.at[slot, :, columns])
+            plgpu.wgmma(ref, weights, values.at[:, columns])
             return ref[...]
 
         added = pl.run_scoped(add, plgpu.ACC(part.shape, jnp.float32))
         new_acc.append(part * lax.broadcast_in_dim(shrink, part.shape, [0]) + added)
         column += part.shape[1]
-    plgpu.barrier_arrive(refs.freed.at[slot])
+    if not tile.quantized:
+        plgpu.barrier_arrive(refs.freed.at[slot])
     return tuple(new_acc), new_top, total
+
+
+def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> Any:
+    """The stage's keys, bfloat16 [block_kv, head_width], and whatever must be done before they are used."""
+    if not tile.quantized:
+        _blank_unseen_values(tile, refs, wg, slot, start, unit.low, unit.high)
+        return refs.kv_ring.at[slot, :, pl.ds(0, tile.head_width)]
+    _read_factors(tile, refs, unit, wg, slot)
+    if tile.by_keys:
+        _widen(tile, refs.kv_ring.at[slot, 0], refs.wide.at[wg, 0])
+        return refs.wide.at[wg, 0]
+    plgpu.barrier_arrive_and_wait(refs.shared)  # both have used what is there
+
+    @pl.when(wg == 0)
+    def _() -> None:
+        _widen(tile, refs.kv_ring.at[slot, 0], refs.wide.at[0, 0])
+
+    @pl.when(wg == 1)
+    def _() -> None:
+        _widen(tile, refs.kv_ring.at[slot, 1], refs.wide.at[0, 1], (unit.low - start, unit.high - start))
+
+    plgpu.barrier_arrive_and_wait(refs.shared)
+    plgpu.barrier_arrive(refs.freed.at[slot])
+    return refs.wide.at[0, 0]
+
+
+def _values(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> tuple[Any, int]:
+    """The stage's values and the column where they begin; quantized by_keys, they take the keys' place."""
+    if not tile.quantized:
+        return refs.kv_ring.at[slot], tile.head_width
+    if not tile.by_keys:
+        return refs.wide.at[0, 1], 0
+    _widen(tile, refs.kv_ring.at[slot, 1], refs.wide.at[wg, 0], (unit.low - start, unit.high - start))
+    plgpu.barrier_arrive(refs.freed.at[slot])
+    return refs.wide.at[wg, 0], 0
+
+
+def _widen(tile: Tile, source: Any, target: Any, seen: tuple[Array, Array] | None = None) -> None:
+    """8-bit numbers of a stage as bfloat16, which is exact; rows outside `seen` are zero, as 0 * NaN is NaN."""
+    width = 128 if tile.head_width % 128 == 0 else 64
+    layout = WIDEN_128 if width == 128 else WIDEN_64
+    for row in range(0, tile.block_kv, WARPGROUP_ROWS):
+        for column in range(0, tile.head_width, width):
+            part = pl.ds(row, WARPGROUP_ROWS), pl.ds(column, width)
+            numbers = plgpu.load(source.at[part], layout=layout)
+            if tile.dtype != "int8":  # what the hardware converts
+                numbers = numbers.astype(jnp.float16).astype(jnp.float32)
+            numbers = numbers.astype(jnp.bfloat16)
+            if seen is not None:
+                keys = plgpu.broadcasted_iota(jnp.int32, numbers.shape, 0, layout=layout) + row
+                numbers = jnp.where((keys >= seen[0]) & (keys < seen[1]), numbers, jnp.bfloat16(0))
+            target[part] = numbers
+    plgpu.commit_smem()
+
+
+def _read_factors(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array) -> None:
+    """2**e of the stage's keys and values into `factors`; a stale e may be anything, so it is kept finite."""
+    head = lax.div(unit.head_group, jnp.int32(tile.subgroups))
+    column = lax.rem(2 * head, jnp.int32(TAIL))
+    for row in range(0, tile.block_kv, WARPGROUP_ROWS):
+        stored = plgpu.load(refs.tails.at[slot, pl.ds(row, WARPGROUP_ROWS)], layout=EXPONENTS)
+        exponents = lax.bitcast_convert_type(stored, jnp.int8).astype(jnp.int32)
+        powers = lax.bitcast_convert_type((jnp.maximum(exponents, -126) + 127) << 23, jnp.float32)
+        columns = plgpu.broadcasted_iota(jnp.int32, powers.shape, 1, layout=EXPONENTS)
+        for half in range(2):
+            own = jnp.where(columns == column + half, powers, 0.0).max(axis=1)
+            refs.factors[wg, half, pl.ds(row, WARPGROUP_ROWS)] = own
+
+
+def _factors(refs: _Refs, wg: Array, half: int, shape: tuple[int, ...]) -> Array:
+    row = plgpu.load(refs.factors.at[wg, half], layout=plgpu.Layout.WGMMA.reduce(0))
+    return lax.broadcast_in_dim(row, shape, [1])
 
 
 def _scaled(tile: Tile, scores: Array) -> tuple[Array, float]:
