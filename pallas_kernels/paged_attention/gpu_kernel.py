@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 WARPGROUP_ROWS = 64  # M of a wgmma
-PART = 128  # columns of an accumulator; a wider head has two, so that only one is in flight
 LOWEST = -1e30  # highest score before any key: finite, so that a masked score (-inf) weighs exp2(-inf) = 0
 LOG2_E = math.log2(math.e)
 TAIL = 16  # bytes of exponents that a load brings, those of its head among them
@@ -89,12 +88,6 @@ class Tile:
     def wide_halves(self) -> int:
         """Buffers for what was quantized: keys, then values in their place; by rows, both at once."""
         return 0 if not self.quantized else 1 if self.by_keys else 2
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """Widths of the accumulators."""
-        width = min(PART, self.head_width)
-        return (width,) * (self.head_width // width) + ((rest,) if (rest := self.head_width % width) else ())
 
     @property
     def wide_tiles(self) -> int:
@@ -221,13 +214,13 @@ def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
         @pl.when(wg < tile.consumers)
         def _() -> None:
             if tile.consumers == 2:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240, action="increase")
             _consumer(tile, refs, wg)
 
         @pl.when(wg == tile.consumers)
         def _() -> None:
             if tile.consumers == 2:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(24, action="decrease")
             _loader(tile, refs)
 
     pl.run_scoped(roles, **present, collective_axes="wg")
@@ -324,7 +317,7 @@ def _load_keys(tile: Tile, refs: _Refs, head: Array, slot: Array, source: Any, r
     plgpu.copy_gmem_to_smem(source.at[:, pl.ds(tail, TAIL)], refs.tails.at[slot, rows], filled)
 
 
-State = tuple[tuple[Array, ...], Array, Array]  # accumulators [64, part], highest score (base 2) and sum [64]
+State = tuple[Array, Array, Array]  # float32: weighted values [64, head_width], highest score (base 2) and sum [64]
 
 
 def _consumer(tile: Tile, refs: _Refs, wg: Array) -> None:
@@ -356,7 +349,7 @@ def _load_queries(tile: Tile, refs: _Refs, unit: _Unit, wg: Array) -> None:
     base = (unit.query * tile.head_groups + unit.head_group) * tile.q_rows
     if tile.by_keys:
         if tile.consumers == 2:
-            plgpu.barrier_arrive_and_wait(refs.shared)
+            _meet(refs)
 
         @pl.when(wg == 0)
         def _() -> None:
@@ -376,12 +369,17 @@ def _load_queries(tile: Tile, refs: _Refs, unit: _Unit, wg: Array) -> None:
 
 
 def _start(tile: Tile) -> State:
-    acc = tuple(
-        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), plgpu.Layout.WGMMA) for width in tile.parts
-    )
+    zeros = jnp.zeros((WARPGROUP_ROWS, tile.head_width), jnp.float32)
+    acc = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
     row = plgpu.Layout.WGMMA.reduce(1)
     top = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), row)
     return acc, top, plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), row)
+
+
+def _meet(refs: _Refs) -> None:
+    """Both consumers pass once both are here."""
+    plgpu.barrier_arrive(refs.shared)
+    plgpu.barrier_wait(refs.shared)
 
 
 def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array, state: State) -> State:
@@ -407,25 +405,25 @@ def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, sta
     if tile.quantized:
         weights *= _factors(refs, wg, 1, scores.shape)
     weights = weights.astype(jnp.bfloat16)
-    if tile.interpret:
-        refs.weights[wg] = weights
-        plgpu.commit_smem()
-        weights = refs.weights.at[wg]
-    values, lead = _values(tile, refs, unit, wg, slot, start)
-    new_acc, column = [], lead
-    for part in acc:
-        columns = pl.ds(column, part.shape[1])
-
-        def add(ref: Any, columns: Any = columns) -> Array:
-            plgpu.wgmma(ref, weights, values.at[:, columns])
-            return ref[...]
-
-        added = pl.run_scoped(add, plgpu.ACC(part.shape, jnp.float32))
-        new_acc.append(part * lax.broadcast_in_dim(shrink, part.shape, [0]) + added)
-        column += part.shape[1]
+    values = _values(tile, refs, unit, wg, slot, start)
+    acc = _add_product(tile, refs, wg, acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), weights, values)
     if not tile.quantized:
         plgpu.barrier_arrive(refs.freed.at[slot])
-    return tuple(new_acc), new_top, total
+    return acc, new_top, total
+
+
+def _add_product(tile: Tile, refs: _Refs, wg: Array, acc: Array, weights: Array, values: Any) -> Array:
+    """acc + weights @ values. The interpreter knows no weights in registers and no accumulator that begins full."""
+    if not tile.interpret:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+    refs.weights[wg] = weights
+    plgpu.commit_smem()
+
+    def product(ref: Any) -> Array:
+        plgpu.wgmma(ref, refs.weights.at[wg], values)
+        return ref[...]
+
+    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
 
 
 def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> Any:
@@ -437,7 +435,7 @@ def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: A
     if tile.by_keys:
         _widen(tile, refs.kv_ring.at[slot, 0], refs.wide.at[wg, 0])
         return refs.wide.at[wg, 0]
-    plgpu.barrier_arrive_and_wait(refs.shared)  # both have used what is there
+    _meet(refs)  # both have used what is there
 
     @pl.when(wg == 0)
     def _() -> None:
@@ -447,20 +445,20 @@ def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: A
     def _() -> None:
         _widen(tile, refs.kv_ring.at[slot, 1], refs.wide.at[0, 1], (unit.low - start, unit.high - start))
 
-    plgpu.barrier_arrive_and_wait(refs.shared)
+    _meet(refs)
     plgpu.barrier_arrive(refs.freed.at[slot])
     return refs.wide.at[0, 0]
 
 
-def _values(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> tuple[Any, int]:
-    """The stage's values and the column where they begin; quantized by_keys, they take the keys' place."""
+def _values(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> Any:
+    """The stage's values, bfloat16 [block_kv, head_width]; quantized by_keys, they take the keys' place."""
     if not tile.quantized:
-        return refs.kv_ring.at[slot], tile.head_width
+        return refs.kv_ring.at[slot, :, pl.ds(tile.head_width, tile.head_width)]
     if not tile.by_keys:
-        return refs.wide.at[0, 1], 0
+        return refs.wide.at[0, 1]
     _widen(tile, refs.kv_ring.at[slot, 1], refs.wide.at[wg, 0], (unit.low - start, unit.high - start))
     plgpu.barrier_arrive(refs.freed.at[slot])
-    return refs.wide.at[wg, 0], 0
+    return refs.wide.at[wg, 0]
 
 
 def _widen(tile: Tile, source: Any, target: Any, seen: tuple[Array, Array] | None = None) -> None:
@@ -558,7 +556,7 @@ def _blank_unseen_values(
         else:
             pl.when(wg == 0)(blank)
             if tile.consumers == 2:
-                plgpu.barrier_arrive_and_wait(refs.shared)
+                _meet(refs)
 
 
 def _finish_by_rows(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: State) -> None:
@@ -568,11 +566,8 @@ def _finish_by_rows(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: Stat
         plgpu.barrier_wait(refs.vector_loaded.at[wg])
         sinks = plgpu.load(refs.vector.at[wg], layout=plgpu.Layout.WGMMA.reduce(1))
         total += jnp.exp2(sinks * LOG2_E - top)
-    column = 0
-    for part in acc:
-        mean = part / lax.broadcast_in_dim(total, part.shape, [0])
-        refs.queries[wg, :, pl.ds(column, part.shape[1])] = mean.astype(jnp.bfloat16)
-        column += part.shape[1]
+    mean = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+    refs.queries[wg] = mean.astype(jnp.bfloat16)
     plgpu.commit_smem()
     base = (unit.out * tile.head_groups + unit.head_group) * tile.q_rows + wg * WARPGROUP_ROWS
     plgpu.copy_smem_to_gmem(refs.queries.at[wg], refs.out.at[pl.ds(base, WARPGROUP_ROWS)])
@@ -591,7 +586,7 @@ def _finish_by_keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: Stat
     @pl.when(wg == 1)
     def _() -> None:
         acc, top, total = state
-        _store_parts(refs.result, acc)
+        refs.result[...] = acc
         refs.stats[0] = top
         refs.stats[1] = total
         plgpu.barrier_arrive(refs.merge_ready)
@@ -608,19 +603,14 @@ def _merged(refs: _Refs, state: State) -> State:
     other_top, other_total = plgpu.load(refs.stats.at[0], layout=row), plgpu.load(refs.stats.at[1], layout=row)
     new_top = jnp.maximum(top, other_top)
     mine, theirs = jnp.exp2(top - new_top), jnp.exp2(other_top - new_top)
-    merged, column = [], 0
-    for part in acc:
-        other = plgpu.load(refs.result.at[:, pl.ds(column, part.shape[1])], layout=plgpu.Layout.WGMMA)
-        merged.append(
-            part * lax.broadcast_in_dim(mine, part.shape, [0]) + other * lax.broadcast_in_dim(theirs, part.shape, [0])
-        )
-        column += part.shape[1]
-    return tuple(merged), new_top, total * mine + other_total * theirs
+    other = plgpu.load(refs.result, layout=plgpu.Layout.WGMMA)
+    merged = acc * lax.broadcast_in_dim(mine, acc.shape, [0]) + other * lax.broadcast_in_dim(theirs, acc.shape, [0])
+    return merged, new_top, total * mine + other_total * theirs
 
 
 def _write_by_keys(tile: Tile, refs: _Refs, unit: _Unit, state: State) -> None:
     acc, top, total = state
-    _store_parts(refs.result, tuple(part / lax.broadcast_in_dim(total, part.shape, [0]) for part in acc))
+    refs.result[...] = acc / lax.broadcast_in_dim(total, acc.shape, [0])
     if tile.lse:
         refs.vector[0] = top + jnp.log2(total)
     plgpu.commit_smem()
@@ -629,10 +619,3 @@ def _write_by_keys(tile: Tile, refs: _Refs, unit: _Unit, state: State) -> None:
     if tile.lse:
         plgpu.copy_smem_to_gmem(refs.vector.at[0], refs.lse.at[pl.ds(at * WARPGROUP_ROWS, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _store_parts(ref: Any, parts: tuple[Array, ...]) -> None:
-    column = 0
-    for part in parts:
-        ref[:, pl.ds(column, part.shape[1])] = part
-        column += part.shape[1]
