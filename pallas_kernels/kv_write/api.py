@@ -8,7 +8,7 @@ from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.kv_layout import KVLayout, pack_rows
-from pallas_kernels.kv_write import reference
+from pallas_kernels.kv_write import reference, tpu
 from pallas_kernels.target import Target
 
 
@@ -21,7 +21,10 @@ class WriteSpec:
     layout: KVLayout
 
 
-CANDIDATES: tuple[Implementation[WriteSpec], ...] = (Implementation("reference", never, reference.write_rows),)
+CANDIDATES: tuple[Implementation[WriteSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.write_rows),
+    Implementation("reference", never, reference.write_rows),
+)
 
 
 def choice(spec: WriteSpec, target: Target) -> Choice[WriteSpec]:

@@ -146,10 +146,10 @@ def prefill_items(
 ) -> Array:
     """Items of `blocks` blocks of `block` tokens: each row that has tokens in a block, or one item without keys."""
     rows = q_starts.shape[0]
-    active, ends = q_lens > 0, q_starts + q_lens
+    active, ends = (q_lens > 0)[None], (q_starts + q_lens)[None]
     start = block * jnp.arange(blocks, dtype=jnp.int32)[:, None]
     first_row = jnp.sum(active & (ends <= start), axis=1, dtype=jnp.int32)
-    count = jnp.sum(active & (q_starts < start + block), axis=1, dtype=jnp.int32) - first_row
+    count = jnp.sum(active & (q_starts[None] < start + block), axis=1, dtype=jnp.int32) - first_row
     items_before = jnp.cumsum(jnp.maximum(count, 1)) - jnp.maximum(count, 1)
     index = jnp.arange(blocks + rows, dtype=jnp.int32)
     of_block = jnp.sum(items_before[None] <= index[:, None], axis=1, dtype=jnp.int32) - 1
