@@ -6,10 +6,11 @@ from shared memory to registers as wgmma's left operand, where they become bfloa
 operand from shared memory. A group's nibbles are its first half's rows, then its second half's, so
 each plane of a group meets its own half of x's columns and one byte load serves two weights.
 
-The sum of a group is scaled by its column scales in registers. With few columns K is split over `splits`
-blocks, whose float32 sums XLA adds. Nibbles count from -8 here; the transposition back, offsets (row
-sums of x times offsets + 8 * scales) and the row scales of dynamic activations are XLA's. 8-bit wgmma wants K contiguous in memory, which
-the packed weight has not: 8-bit x is multiplied as bfloat16, which holds it exactly.
+The sum of a group is scaled by its column scales in registers, and transposed on its way through
+shared memory. With few columns K is split over `splits` blocks, whose float32 sums XLA adds. Nibbles
+count from -8 here; offsets (row sums of x times offsets + 8 * scales) and the row scales of dynamic
+activations are XLA's. 8-bit wgmma wants K contiguous in memory, which the packed weight has not: 8-bit
+x is multiplied as bfloat16, which holds it exactly.
 
 The idea of a left operand dequantized in registers is from jax/experimental/pallas/ops/gpu/
 hopper_mixed_type_matmul_mgpu.py (Apache-2.0).
@@ -92,8 +93,8 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     plain = b.splits == 1 and row_scales is None and w.offsets is None
     sums = _sums(left, w, b, jnp.dtype(x.dtype) if plain else jnp.dtype(jnp.float32), target)
     if plain:
-        return sums[0, :, :tokens].T
-    out = jnp.sum(sums, axis=0)[:, :tokens].T
+        return sums[0, :tokens]
+    out = jnp.sum(sums, axis=0)[:tokens]
     if w.offsets is not None:
         groups = w.scales.shape[0]
         row_sums = jnp.sum(x.astype(jnp.float32).reshape(tokens, groups, -1), axis=2)
@@ -153,14 +154,15 @@ class _Static:
 
 
 def _sums(x: Array, w: Quantized, b: Blocks, dtype: Any, target: Target) -> Array:
-    """[splits, N, tokens] of x [tokens, K] in bfloat16, tokens a multiple of bt: scaled, without offsets."""
+    """[splits, tokens, N] of x [tokens, K] in bfloat16, tokens a multiple of bt: scaled, without offsets."""
     (tokens, k), n = x.shape, w.shape[1]
     static = _Static(w.format, w.scales.shape[0], w.group, target.interpret)
     values = lax.bitcast_convert_type(w.values, jnp.int8) if w.format == "int4" else w.values
-    interpret = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if target.interpret else {}
+    interpret: Any = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if target.interpret else {}
     kernel = plgpu.kernel(
         functools.partial(_kernel, w=static, b=b, steps=k // b.bk // b.splits),
-        out_type=jax.ShapeDtypeStruct((b.splits, n, tokens), dtype),
+        out_type=jax.ShapeDtypeStruct((b.splits, tokens, n), dtype),
+        scratch_types=[plgpu.SMEM((b.bt, b.bn), dtype)],
         grid=(n // b.bn, tokens // b.bt, b.splits),
         grid_names=("n", "t", "s"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -170,7 +172,7 @@ def _sums(x: Array, w: Quantized, b: Blocks, dtype: Any, target: Target) -> Arra
 
 
 def _kernel(
-    x_gmem: Any, values_gmem: Any, scales_gmem: Any, out_gmem: Any, *, w: _Static, b: Blocks, steps: int
+    x_gmem: Any, values_gmem: Any, scales_gmem: Any, out_gmem: Any, out_smem: Any, *, w: _Static, b: Blocks, steps: int
 ) -> None:
     """One block's sums over its part of K."""
     column, token, split = lax.axis_index("n"), lax.axis_index("t"), lax.axis_index("s")
@@ -192,6 +194,7 @@ def _kernel(
             rows = min(b.bk, w.group)
             part = _group_sum(x_smem, values_smem, group * rows, rows, depth, w, b)
             total = total + (part if not scales_smem else part * _spread(scales_smem[0].at[group], b))
+        plgpu.commit_smem()  # every warp has read the stage before TMA fills it anew
         return total
 
     zero = plgpu.layout_cast(jnp.zeros((b.bn, b.bt), jnp.float32), plgpu.Layout.WGMMA)
@@ -199,7 +202,10 @@ def _kernel(
     total = pipeline(*inputs)
     if w.groups == 1:
         total = total * _spread(scales_gmem.at[0, columns], b)
-    out_gmem.at[split, columns, pl.ds(token * b.bt, b.bt)][...] = total.astype(out_gmem.dtype)
+    plgpu.store(out_smem.transpose((1, 0)), plgpu.layout_cast(total.astype(out_smem.dtype), _SINGLE), optimized=False)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[split, pl.ds(token * b.bt, b.bt), columns])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _spread(scales_ref: Any, b: Blocks) -> Array:
@@ -215,7 +221,9 @@ def _depth(w: _Static, b: Blocks) -> int:
 
 def _tiled(columns: int, bits: int) -> tuple[Any, ...]:
     """Of shared memory whose swizzle spans `columns` elements."""
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * bits // 8)
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    return tiling((8, columns)), swizzle(columns * bits // 8)
 
 
 def _group_sum(x_smem: Any, values_smem: Any, start: int, rows: int, depth: int, w: _Static, b: Blocks) -> Array:
@@ -240,7 +248,7 @@ def _group_sum(x_smem: Any, values_smem: Any, start: int, rows: int, depth: int,
             plgpu.wgmma(acc_ref, left, x_smem.at[:, pl.ds(column, depth)].transpose((1, 0)))
         return acc_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((b.bn, b.bt), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((b.bn, b.bt), jnp.float32))
 
 
 def _left(values_smem: Any, start: int, depth: int) -> Array:
@@ -255,7 +263,7 @@ def _nibbles(signed: Array) -> tuple[Array, Array]:
 
 
 def _wide(numbers: Array, format: str) -> Array:
-    """bfloat16, exact. ptxas before CUDA 13.1 converts float8 to float16 only, which Mosaic widens by way of float32."""
+    """bfloat16, exact. Hopper converts float8 to float16 only, so it goes by way of float32."""
     return (numbers if format == "int8" else numbers.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
