@@ -12,7 +12,7 @@ from typing import Literal
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, tpu
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat
 from pallas_kernels.target import Target
 
@@ -33,7 +33,10 @@ class GroupedSpec:
     scale_dtype: str = "float32"
 
 
-CANDIDATES: tuple[Implementation[GroupedSpec], ...] = (Implementation("reference", never, reference.run),)
+CANDIDATES: tuple[Implementation[GroupedSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.run),
+    Implementation("reference", never, reference.run),
+)
 
 
 def choice(spec: GroupedSpec, target: Target) -> Choice[GroupedSpec]:

@@ -76,6 +76,8 @@ SMALL = (
     Case(name="borders_on_tiles", sizes=(8, 16, 64, 8), n=256),
     Case(name="more_experts_than_rows", sizes=(0, 1, 0, 0, 1, 0, 2, 0, 0, 1, 0, 0), padding=3),
     Case(name="over_a_tile", sizes=(130, 5, 150), padding=20),
+    Case(name="k_in_steps", sizes=(2, 0, 6), k=4224, dtype="bfloat16"),
+    Case(name="k_in_steps_int8", sizes=(2, 0, 6), k=4224, dtype="bfloat16", format="int8"),
     Case(name="bfloat16", sizes=(5, 0, 33, 9), padding=1, k=256, n=256, dtype="bfloat16"),
     Case(name="bfloat16_decode", sizes=(1, 0, 2, 0, 1, 0, 0, 4), k=256, dtype="bfloat16"),
     Case(name="int8", sizes=(4, 0, 12), padding=2, format="int8", dtype="bfloat16", k=256),

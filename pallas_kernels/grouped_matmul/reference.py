@@ -24,12 +24,13 @@ def run(x: Array, w: Array | Quantized, group_sizes: Array, *, target: Target) -
     counts = (ends - starts + block - 1) // block
     blocks_end = jnp.cumsum(counts)
     padded = jnp.pad(x, ((0, block), (0, 0)))  # a slice past the end would be moved back
+    whole = jax.tree.map(_as_bits, w)
 
     def one_block(i: Array, out: Array) -> Array:
         expert = jnp.searchsorted(blocks_end, i, side="right")
         start = starts[expert] + (i - blocks_end[expert] + counts[expert]) * block
         rows = lax.dynamic_slice_in_dim(padded, start, block)
-        product = _product(rows, _expert(w, expert), target)
+        product = _product(rows, _expert(whole, expert, w), target)
         mine = start + jnp.arange(block) < ends[expert]
         # The rows past this expert's end are the next block's to write.
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], product, 0), start, 0)
@@ -44,9 +45,18 @@ def block_rows(tokens: int, experts: int) -> int:
     return min(64, max(8, 1 << (mean.bit_length() - 1)))
 
 
-def _expert(w: Array | Quantized, expert: Array) -> Array | Quantized:
-    """One expert's weight [K, N]."""
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), w)
+def _as_bits(leaf: Array) -> Array:
+    """float8 as bytes: XLA's CPU backend makes all of a float8 array float16 in order to slice it.
+
+    Even so it copies the bytes of every expert once a call; int8 is the 8-bit format for a CPU.
+    """
+    return lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.name.startswith("float8") else leaf
+
+
+def _expert(whole: Array | Quantized, expert: Array, w: Array | Quantized) -> Array | Quantized:
+    """One expert's weight [K, N], in w's dtypes."""
+    cut = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), whole)
+    return jax.tree.map(lambda leaf, like: lax.bitcast_convert_type(leaf, like.dtype), cut, w)
 
 
 def _product(x: Array, w: Array | Quantized, target: Target) -> Array:
