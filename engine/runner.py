@@ -98,6 +98,11 @@ class Runner:
         self._configure_layout = configure_layout(config, model.vocab_size)
         self.reset()
 
+    @property
+    def weight_bytes(self) -> int:
+        """On the device, as they are packed."""
+        return sum(array.nbytes for array in self._params)
+
     def reset(self) -> None:
         """Fresh KV cache and slots, as at start or after a failed step."""
         self._kv = _zeros(kv_shapes(self.model, self.config))
