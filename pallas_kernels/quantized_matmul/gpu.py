@@ -105,7 +105,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
 def _high_columns_over_16(x: Array, group: int) -> Array:
     """A byte's high nibble counts 16 times; the columns of x that meet it, each group's second half, make up for it."""
     tokens, k = x.shape
-    factors = jnp.array([1, 1 / 16], x.dtype)[:, None]
+    factors = jnp.array([1, 1 / 16], x.dtype).reshape(1, 1, 2, 1)
     return (x.reshape(tokens, k // group, 2, group // 2) * factors).reshape(tokens, k)
 
 

@@ -1,0 +1,253 @@
+"""quantized_matmul against x @ dequantize(w) in float64, by every implementation; kernels in their interpreters."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.choice import KernelDeclined
+from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize, quantized_shape
+from pallas_kernels.quantized_matmul import gpu, quantized_matmul, reference, tpu
+from pallas_kernels.quantized_matmul.api import CANDIDATES, MatmulSpec, choice
+from pallas_kernels.quantized_matmul.cases import CASES, SMALL, Case
+from pallas_kernels.target import CHIPS, CPU, Target
+from tests.pallas_kernels.aot import CHIPS as AOT_CHIPS
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # |error| of a row over its norm; bfloat16 rounds weights, too
+TARGETS = {
+    "reference": CPU,
+    "reference_gpu": Target("gpu", "h200", (("quantized_matmul", "reference"),)),  # its form for accelerators
+    "tpu_v5e": Target("tpu", "v5e", (("quantized_matmul", "tpu"),), interpret=True),
+    "tpu_7x": Target("tpu", "tpu7x", (("quantized_matmul", "tpu"),), interpret=True),
+    "gpu": Target("gpu", "h200", (("quantized_matmul", "gpu"),), interpret=True),
+}
+QUICK_ON_GPU = ("int8", "int8_grouped", "int4_32", "int4_64", "int4_32_offsets", "e4m3_dynamic")
+
+
+@dataclass
+class Call:
+    """A case filled with numbers. The last row of x is NaN where there is more than one row."""
+
+    case: Case
+    x: np.ndarray  # float32 [tokens, k], exact in the case's dtype
+    w: Quantized
+
+    def expected(self) -> np.ndarray:
+        x = self.x.astype(np.float64)
+        if self.case.activations == "dynamic":
+            x = rounded_rows(self.x, self.case.format)
+        return x @ np.asarray(dequantize(self.w), np.float64)
+
+    def run(self, target: Target, w: Quantized | None = None) -> np.ndarray:
+        x = jnp.asarray(self.x, self.case.dtype)
+        call = jax.jit(lambda x, w: quantized_matmul(x, w, target=target))
+        return np.asarray(call(x, jax.device_put(self.w if w is None else w)), np.float64)
+
+
+def rounded_rows(x: np.ndarray, format: str) -> np.ndarray:
+    """Rows of x after dynamic quantization, computed on their own here."""
+    scales = (np.abs(x).max(axis=1, keepdims=True) / np.float32(LARGEST[format])).astype(np.float32)
+    numbers = np.clip(x / scales, -LARGEST[format], LARGEST[format])
+    numbers = np.rint(numbers) if format == "int8" else numbers.astype(jnp.dtype(format))
+    return numbers.astype(np.float64) * scales
+
+
+def filled(case: Case) -> Call:
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    x = np.array(jnp.asarray(rng.standard_normal((case.tokens, case.k)), case.dtype), np.float32)
+    if case.tokens > 1:
+        x[-1, case.k // 2] = np.nan
+    # Columns and groups of different size, so that a scale in the wrong place shows.
+    w = rng.standard_normal((case.k, case.n)) * np.exp2(rng.integers(-3, 4, (1, case.n)))
+    if case.group:
+        w *= np.repeat(np.exp2(rng.integers(-2, 3, case.k // case.group)), case.group)[:, None]
+    w = quantize(w.astype(np.float32), case.format, case.group, case.symmetric, case.activations)
+    return Call(case, x, w)
+
+
+def error(call: Call, out: np.ndarray) -> float:
+    """Worst error of a finite row over the root mean square of its expected numbers, columns made equal."""
+    rows = call.case.tokens - (call.case.tokens > 1)
+    expected, out = call.expected()[:rows], out[:rows]
+    columns = np.sqrt(np.mean(np.square(np.asarray(dequantize(call.w), np.float64)), axis=0))
+    expected, out = expected / columns, out / columns
+    return float((np.abs(out - expected).max(axis=1) / np.linalg.norm(expected, axis=1)).max())
+
+
+def check(call: Call, out: np.ndarray) -> None:
+    assert out.shape == (call.case.tokens, call.case.n)
+    assert error(call, out) < TOLERANCE[call.case.dtype]
+    if call.case.tokens > 1:
+        assert np.isnan(out[-1]).all()
+
+
+def races_found() -> bool:
+    return tpu_interpreter.races is not None and tpu_interpreter.races.races_found
+
+
+def params() -> list[Any]:
+    out: list[Any] = []
+    for name in TARGETS:
+        for case in SMALL:
+            slow = name == "gpu" and case.name not in QUICK_ON_GPU
+            slow = slow or (name == "tpu_7x" and case.activations == "float") or case.tokens * case.k > 20000
+            out.append(pytest.param(name, case, id=f"{name}-{case.name}", marks=[pytest.mark.slow] if slow else []))
+    return out
+
+
+@pytest.mark.parametrize(("implementation", "case"), params())
+def test_matches_float64(implementation: str, case: Case) -> None:
+    call, target = filled(case), TARGETS[implementation]
+    if implementation == "gpu" and case.dtype != "bfloat16":
+        with pytest.raises(KernelDeclined, match="float32"):
+            call.run(target)
+        return
+    check(call, call.run(target))
+    assert not races_found()
+
+
+def swapped_nibbles(w: Quantized) -> Quantized:
+    values = np.asarray(w.values)
+    return replace(w, values=(values >> 4) | (values << 4))
+
+
+def moved_scales(w: Quantized) -> Quantized:
+    return replace(w, scales=np.roll(np.asarray(w.scales), 1, axis=0))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu_v5e", "gpu"])
+@pytest.mark.parametrize("spoil", [swapped_nibbles, moved_scales])
+def test_the_check_notices(implementation: str, spoil: Any) -> None:
+    call = filled(next(case for case in SMALL if case.name == "int4_64"))
+    assert error(call, call.run(TARGETS[implementation], spoil(call.w))) > 0.02
+
+
+def test_blocks_of_columns_overlap_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_CPU_BLOCK", 1)  # 64 columns at a time, the last 64 of 200 overlap
+    for kind in ("int8", "int4", "float8_e4m3fn"):
+        case = Case(name=kind, tokens=3, k=128, n=200, format=kind, group=32 if kind == "int4" else None)
+        call = filled(case)
+        check(call, call.run(CPU))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_64", "e4m3"])
+def test_a_large_weight_is_never_wide_as_a_whole(name: str) -> None:
+    """Of the reference on a CPU: temporary memory stays below what a bfloat16 copy of the weight takes."""
+    case = next(case for case in SMALL if case.name == name)
+    k, n = 512, 16384
+    w = quantized_shape((k, n), case.format, case.group)
+    x = jax.ShapeDtypeStruct((4, k), jnp.bfloat16)
+    compiled = jax.jit(lambda x, w: quantized_matmul(x, w, target=CPU)).lower(x, w).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2 * k * n
+
+
+def spec_of(case: Case) -> MatmulSpec:
+    return MatmulSpec(
+        case.tokens, case.k, case.n, case.dtype, case.format, case.group or case.k, not case.symmetric, case.activations
+    )
+
+
+@pytest.mark.parametrize("chip", [*AOT_CHIPS["tpu"], *AOT_CHIPS["gpu"]])
+def test_computed_blocks_divide_and_fit(chip: str) -> None:
+    target = Target(CHIPS[chip].platform, chip)
+    for case in CASES:
+        w = quantized_shape((case.k, case.n), case.format, case.group, case.symmetric, case.activations)
+        if target.platform == "tpu" and tpu.declines(spec_of(case), target) is None:
+            b = tpu.computed_blocks(case.tokens, w, target)
+            assert case.k % b.bk == 0, case
+            assert b.bk == case.k or (b.bk % 128 == 0 and (w.group == case.k or b.bk % (8 * w.group) == 0)), case
+            packed = 2 * b.bk * b.bn // (2 if case.format == "int4" else 1)
+            assert packed + 4 * b.bm * (case.k if case.tokens <= 64 else b.bk) < CHIPS[chip].scratch_bytes // 2, case
+        if target.platform == "gpu" and gpu.declines(spec_of(case), target) is None:
+            b = gpu.computed_blocks(case.tokens, w, target)
+            assert case.k % (b.bk * b.splits) == 0, case
+            assert case.n % b.bn == 0, case
+            assert b.bt % 8 == 0, case
+
+
+@pytest.mark.parametrize(
+    ("change", "platform", "chip", "reason"),
+    [
+        ({}, "cpu", "cpu", "for"),
+        ({}, "tpu", "v9", "'v9'"),
+        ({}, "gpu", "h900", "'h900'"),
+        ({"k": 96, "group": 96}, "tpu", "v5e", "K 96"),
+        ({"k": 96, "group": 48}, "gpu", "h100", "K 96"),
+        ({"group": 16}, "tpu", "v5e", "group 16"),
+        ({"group": 16}, "gpu", "h100", "groups of 16"),
+        ({"dtype": "float16"}, "tpu", "v5e", "float16"),
+        ({"dtype": "float16"}, "gpu", "h100", "float16"),
+        ({"scale_dtype": "bfloat16"}, "tpu", "v5e", "bfloat16"),
+        ({"scale_dtype": "bfloat16"}, "gpu", "h100", "bfloat16"),
+        ({"tokens": 4096}, "gpu", "h100", "4096 tokens"),
+        ({"n": 100}, "gpu", "h100", "N 100"),
+        ({"k": 65600, "group": 65600}, "tpu", "v5e", "K 65600"),
+    ],
+)
+def test_declines_name_the_numbers(change: dict[str, Any], platform: Any, chip: str, reason: str) -> None:
+    spec = replace(MatmulSpec(8, 256, 256, "bfloat16", "int8", 256), **change)
+    made = choice(spec, Target(platform, chip))
+    assert made.implementation.name == "reference"
+    said = dict(made.declined)
+    assert reason in said[platform if platform != "cpu" else "tpu"]
+    if platform != "cpu":
+        with pytest.raises(KernelDeclined, match="was asked for"):
+            choice(spec, Target(platform, chip, (("quantized_matmul", platform),)))
+
+
+def test_platforms_get_their_kernel() -> None:
+    spec = MatmulSpec(8, 256, 256, "bfloat16", "int8", 256)
+    assert [c.name for c in CANDIDATES] == ["tpu", "gpu", "reference"]
+    for platform, chips in AOT_CHIPS.items():
+        for chip in chips:
+            assert choice(spec, Target(platform, chip)).implementation.name == platform  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "message"),
+    [
+        ((3, 128), (256, 64), "x has K 128, the weight 256"),
+        ((3, 4, 256), (256, 64), r"\(3, 4, 256\)"),
+        ((3, 256), (2, 256, 64), r"\(2, 256, 64\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x: tuple[int, ...], w: tuple[int, ...], message: str) -> None:
+    packed = quantized_shape(w, "int8")
+    with pytest.raises(ValueError, match=message):
+        quantized_matmul(jnp.zeros(x), packed, target=CPU)
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    w = quantize(np.ones((128, 8), np.float32), "int4", 32, symmetric=False)
+    x = jnp.zeros((2, 128))
+    with pytest.raises(ValueError, match="int32"):
+        quantized_matmul(x.astype(jnp.int32), w, target=CPU)
+    with pytest.raises(ValueError, match=r"scales \(3, 8\)"):
+        quantized_matmul(x, replace(w, scales=w.scales[:3]), target=CPU)
+    assert w.offsets is not None
+    with pytest.raises(ValueError, match=r"offsets \(2, 8\)"):
+        quantized_matmul(x, replace(w, offsets=w.offsets[:2]), target=CPU)
+    with pytest.raises(ValueError, match="8-bit"):
+        quantized_matmul(x, replace(w, activations="dynamic"), target=CPU)
+
+
+def test_float16_goes_through_the_reference() -> None:
+    call = filled(Case(name="half", tokens=1, k=128, n=64, format="int8"))
+    out = quantized_matmul(jnp.asarray(call.x, jnp.float16), jax.device_put(call.w), target=CPU)
+    assert out.dtype == jnp.float16
+    assert error(call, np.asarray(out, np.float64)) < 2e-3
+
+
+def test_the_gpu_interpreter_is_there() -> None:
+    """Where it is not, `gpu` declines to be interpreted and this suite shows nothing of it."""
+    assert hasattr(plgpu, "InterpretGPUParams")
