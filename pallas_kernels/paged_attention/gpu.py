@@ -6,6 +6,7 @@ fuses with its neighbours: a tile that belongs to one unit of work needs no mask
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -16,6 +17,7 @@ from pallas_kernels.choice import not_on
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.paged_attention.gpu_kernel import FIELDS, LOG2_E, WARPGROUP_ROWS, Tile, attend
 from pallas_kernels.target import Chip, Target
+from pallas_kernels.tuning import lookup
 
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention.api import AttentionSpec
@@ -52,6 +54,8 @@ def scratch_bytes(spec: AttentionSpec, target: Target) -> int:
 
 
 def _tile_of(spec: AttentionSpec, target: Target) -> Tile:
+    """As on the chip: the interpreter's own buffer is not counted."""
+    target = replace(target, interpret=False)
     options: dict[str, Any] = {"scale": 1.0, "softcap": spec.softcap, "window": spec.window, "sinks": spec.sinks}
     if spec.kind == "decode":
         splits = _splits(spec.rows, spec.q_heads, spec.pages_per_seq * spec.page_size, spec.layout, target, spec.window)
@@ -69,14 +73,13 @@ def decode_tile(
     group = q_heads // layout.kv_heads
     subgroups = -(-group // WARPGROUP_ROWS)
     rows = -(-group // subgroups)
-    itemsize, ring_bytes = (1, 98304) if layout.quantized else (2, 131072)
-    return Tile(
+    tile = Tile(
         by_keys=True,
         consumers=1 if layout.head_width > 192 else 2,
         q_rows=-(-rows // 8) * 8,
         group=rows,
         block_kv=64,
-        stages=max(2, min(8, ring_bytes // (64 * 2 * layout.head_width * itemsize)) // 2 * 2),
+        stages=2,
         page_size=page_size,
         kv_heads=layout.kv_heads,
         subgroups=subgroups,
@@ -90,6 +93,7 @@ def decode_tile(
         interpret=_interpret(target),
         **options,
     )
+    return _sized(tile, "decode", layout, target)
 
 
 def prefill_tile(
@@ -99,14 +103,13 @@ def prefill_tile(
     group = q_heads // layout.kv_heads
     subgroups = -(-group // (2 * WARPGROUP_ROWS))
     block_kv = 128 if layout.head_width <= 128 else 64
-    itemsize, ring_bytes = (1, 65536) if layout.quantized else (2, 163840)
-    return Tile(
+    tile = Tile(
         by_keys=False,
         consumers=2,
         q_rows=2 * WARPGROUP_ROWS,
         group=-(-group // subgroups),
         block_kv=block_kv,
-        stages=max(2, min(4, ring_bytes // (block_kv * 2 * layout.head_width * itemsize))),
+        stages=2,
         page_size=page_size,
         kv_heads=layout.kv_heads,
         subgroups=subgroups,
@@ -120,6 +123,21 @@ def prefill_tile(
         interpret=_interpret(target),
         **options,
     )
+    return _sized(tile, "prefill", layout, target)
+
+
+def _sized(tile: Tile, kind: str, layout: KVLayout, target: Target) -> Tile:
+    """As many stages as shared memory holds, up to what hides the latency; or what was measured to be best.
+
+    Consumers that take turns at the ring need an even number.
+    """
+    key = f"{kind} {layout.dtype} head_width {layout.head_width} group {tile.group} page {tile.page_size}"
+    if (tuned := lookup("paged_attention", target.chip, key)) is not None:
+        return replace(tile, block_kv=tuned["block_kv"], stages=tuned["stages"])
+    space = _chip(target).scratch_bytes
+    choices = range(8, 1, -2) if kind == "decode" else range(4, 1, -1)
+    sized = (replace(tile, stages=stages, interpret=False) for stages in choices)
+    return replace(tile, stages=next((t.stages for t in sized if t.scratch_bytes() <= space), 2))
 
 
 def _blocks(target: Target) -> int:

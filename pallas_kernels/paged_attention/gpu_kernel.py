@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -85,28 +85,38 @@ class Tile:
         return self.dtype != "bfloat16"
 
     @property
-    def wide_halves(self) -> int:
-        """Buffers for what was quantized: keys, then values in their place; by rows, both at once."""
-        return 0 if not self.quantized else 1 if self.by_keys else 2
+    def takes_turns(self) -> bool:
+        """Consumers of prefill alternate; quantized ones already wait for each other."""
+        return not self.by_keys and not self.quantized and self.consumers == 2
 
-    @property
-    def wide_tiles(self) -> int:
-        return self.consumers if self.by_keys else 1
-
-    @property
-    def q_tiles(self) -> int:
-        """Query tiles in shared memory."""
-        return 1 if self.by_keys else self.consumers
+    def buffers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of what a block keeps in shared memory, see `_Refs`."""
+        keys, width = self.block_kv, self.head_width
+        ring = (self.stages, 2, keys, width) if self.quantized else (self.stages, keys, 2 * width)
+        found: dict[str, tuple[tuple[int, ...], str]] = {
+            "kv_ring": (ring, self.dtype),
+            "queries": ((1 if self.by_keys else self.consumers, WARPGROUP_ROWS, width), "bfloat16"),
+        }
+        if self.quantized:
+            # Keys, then values in their place; by rows, both at once and for both consumers.
+            tiles = (self.consumers, 1) if self.by_keys else (1, 2)
+            found["wide"] = ((*tiles, keys, width), "bfloat16")
+            found["tails"] = ((self.stages, keys, TAIL), self.dtype)
+            found["factors"] = ((self.consumers, 2, keys), "float32")
+        if self.by_keys:
+            found["result"] = ((WARPGROUP_ROWS, width), "float32")
+        if self.by_keys and self.consumers == 2:
+            found["stats"] = ((2, WARPGROUP_ROWS), "float32")
+        if self.sinks or self.lse:
+            found["vector"] = ((self.consumers, WARPGROUP_ROWS), "float32")
+        if self.interpret:
+            found["weights"] = ((self.consumers, WARPGROUP_ROWS, keys), "bfloat16")
+        return found
 
     def scratch_bytes(self) -> int:
-        """Shared memory of a block: the ring, queries, the float32 result of by_keys, small vectors, barriers."""
-        ring = self.stages * self.block_kv * (2 * self.head_width * (1 if self.quantized else 2))
-        if self.quantized:
-            ring += self.stages * self.block_kv * TAIL + self.consumers * 2 * self.block_kv * 4
-            ring += self.wide_tiles * self.wide_halves * self.block_kv * self.head_width * 2
-        queries = self.q_tiles * WARPGROUP_ROWS * self.head_width * 2
-        result = WARPGROUP_ROWS * self.head_width * 4 if self.by_keys else 0
-        return ring + queries + result + 2048
+        """Shared memory of a block: every buffer begins at a multiple of 1024 bytes, barriers follow."""
+        sizes = (math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in self.buffers().values())
+        return sum(-(-size // 1024) * 1024 for size in sizes) + 1024
 
 
 def attend(
@@ -139,7 +149,11 @@ def attend(
         num_threads=tile.consumers + 1,
         thread_name="wg",
         interpret=tile.interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # no reduction crosses a warp
+        ),
     )
     out = kernel(*operands)
     return out[0], out[1] if tile.lse else None
@@ -170,45 +184,27 @@ class _Refs:
     loaded: Any  # of queries, one a consumer
     vector_loaded: Any
     shared: Any  # both consumers have reached a point
+    turns: Any  # whose tensor cores: one consumer multiplies while the other does its softmax
     merge_ready: Any
 
 
 def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
     """Allocates shared memory and barriers, and sends each warpgroup to its role."""
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    swizzled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    both, stored = tile.consumers == 2, jnp.dtype(tile.dtype)
-    scratch = {
-        "kv_ring": plgpu.SMEM((tile.stages, 2, tile.block_kv, tile.head_width), stored)
-        if tile.quantized
-        else plgpu.SMEM((tile.stages, tile.block_kv, 2 * tile.head_width), stored, transforms=swizzled),
-        "tails": plgpu.SMEM((tile.stages, tile.block_kv, TAIL), stored) if tile.quantized else None,
-        "factors": plgpu.SMEM((tile.consumers, 2, tile.block_kv), jnp.float32) if tile.quantized else None,
-        "wide": plgpu.SMEM(
-            (tile.wide_tiles, tile.wide_halves, tile.block_kv, tile.head_width), jnp.bfloat16, transforms=swizzled
-        )
-        if tile.quantized
-        else None,
-        "queries": plgpu.SMEM((tile.q_tiles, WARPGROUP_ROWS, tile.head_width), jnp.bfloat16, transforms=swizzled),
-        "result": plgpu.SMEM((WARPGROUP_ROWS, tile.head_width), jnp.float32, transforms=swizzled32)
-        if tile.by_keys
-        else None,
-        "stats": plgpu.SMEM((2, WARPGROUP_ROWS), jnp.float32) if tile.by_keys and both else None,
-        "vector": plgpu.SMEM((tile.consumers, WARPGROUP_ROWS), jnp.float32) if tile.sinks or tile.lse else None,
-        "weights": plgpu.SMEM((tile.consumers, WARPGROUP_ROWS, tile.block_kv), jnp.bfloat16, transforms=swizzled)
-        if tile.interpret
-        else None,
+    both = tile.consumers == 2
+    scratch = {name: _shared(name, tile, shape, dtype) for name, (shape, dtype) in tile.buffers().items()}
+    scratch |= {
         "filled": plgpu.Barrier(num_arrivals=tile.copies * (3 if tile.quantized else 1), num_barriers=tile.stages),
         "freed": plgpu.Barrier(num_arrivals=1 if tile.by_keys else tile.consumers, num_barriers=tile.stages),
         "loaded": plgpu.Barrier(num_barriers=tile.consumers),
         "vector_loaded": plgpu.Barrier(num_barriers=tile.consumers) if tile.sinks else None,
         "shared": plgpu.Barrier(num_arrivals=2) if both else None,
+        "turns": plgpu.Barrier(num_arrivals=2) if tile.takes_turns else None,
         "merge_ready": plgpu.Barrier() if tile.by_keys and both else None,
     }
     present = {name: kind for name, kind in scratch.items() if kind is not None}
 
     def roles(**allocated: Any) -> None:
-        refs = _Refs(**named, **{name: allocated.get(name) for name in scratch})
+        refs = _Refs(**{field.name: {**named, **allocated}.get(field.name) for field in fields(_Refs)})
         wg = lax.axis_index("wg")
 
         @pl.when(wg < tile.consumers)
@@ -224,6 +220,13 @@ def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
             _loader(tile, refs)
 
     pl.run_scoped(roles, **present, collective_axes="wg")
+
+
+def _shared(name: str, tile: Tile, shape: tuple[int, ...], dtype: str) -> Any:
+    """A buffer; what wgmma reads, and what TMA writes for it, is swizzled."""
+    lanes = {"queries": 64, "wide": 64, "weights": 64, "result": 32, "kv_ring": 0 if tile.quantized else 64}.get(name)
+    swizzled = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)) if lanes else ()
+    return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=swizzled)
 
 
 @dataclass(frozen=True)
@@ -252,8 +255,8 @@ def _for_units(tile: Tile, refs: _Refs, body: Callable[[_Unit, Any], Any], carry
         unit = block + i * blocks
         item = lax.div(unit, jnp.int32(tile.head_groups))
         head_group = unit - item * tile.head_groups
-        fields = {name: refs.schedule[item, k] for k, name in enumerate(FIELDS)}
-        return body(_Unit(head_group, **fields), carry)
+        numbers = {name: refs.schedule[item, k] for k, name in enumerate(FIELDS)}
+        return body(_Unit(head_group, **numbers), carry)
 
     return lax.fori_loop(0, turns, turn, carry)
 
@@ -386,11 +389,14 @@ def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, sta
     """Fold keys [start, start + block_kv) into the state."""
     acc, top, total = state
     mine = 0 if tile.by_keys else wg
+    turns = _Turns(tile, refs, unit, wg, start)
     plgpu.barrier_wait(refs.filled.at[slot])
     keys = _keys(tile, refs, unit, wg, slot, start)
+    turns.begin()
 
     def product(ref: Any) -> Array:
         plgpu.wgmma(ref, refs.queries.at[mine], keys.T)
+        turns.change()
         return ref[...]
 
     scores = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, tile.block_kv), jnp.float32))
@@ -405,11 +411,43 @@ def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, sta
     if tile.quantized:
         weights *= _factors(refs, wg, 1, scores.shape)
     weights = weights.astype(jnp.bfloat16)
+    acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
+    turns.change()
     values = _values(tile, refs, unit, wg, slot, start)
     acc = _add_product(tile, refs, wg, acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), weights, values)
     if not tile.quantized:
         plgpu.barrier_arrive(refs.freed.at[slot])
+    turns.end()
     return acc, new_top, total
+
+
+class _Turns:
+    """Keeps the consumers half a block apart, as attention_mgpu.py does, between the blocks in which they meet."""
+
+    def __init__(self, tile: Tile, refs: _Refs, unit: _Unit, wg: Array, start: Array) -> None:
+        self.tile, self.refs, self.wg = tile, refs, wg
+        block = lax.div(start, jnp.int32(tile.block_kv))
+        first = unit.first + (unit.low > unit.first * tile.block_kv).astype(jnp.int32)
+        last = unit.last - (unit.high < unit.last * tile.block_kv).astype(jnp.int32)
+        self.apart = (block >= first) & (block < last)
+        self.is_first, self.is_last = block == first, block == last - 1
+
+    def _change(self, when: Array) -> None:
+        if self.tile.takes_turns:
+
+            @pl.when(self.apart & when)
+            def _() -> None:
+                plgpu.barrier_arrive(self.refs.turns)
+                plgpu.barrier_wait(self.refs.turns)
+
+    def begin(self) -> None:
+        self._change(self.is_first & (self.wg == 1))
+
+    def change(self) -> None:
+        self._change(jnp.bool_(True))
+
+    def end(self) -> None:
+        self._change(self.is_last & (self.wg == 0))
 
 
 def _add_product(tile: Tile, refs: _Refs, wg: Array, acc: Array, weights: Array, values: Any) -> Array:
