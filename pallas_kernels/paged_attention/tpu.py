@@ -28,7 +28,7 @@ from pallas_kernels.paged_attention.tpu_shape import (
     PACKING,
     Maths,
     Shape,
-    prefill_tokens,
+    Sizes,
     shape_for,
     up,
 )
@@ -56,8 +56,8 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
     tile = 8 * PACKING[layout.dtype]
     if spec.page_size % tile or spec.page_size & (spec.page_size - 1):
         return f"page_size {spec.page_size} is not a power of two of at least {tile} ({layout.dtype} tiles)"
-    if smem_bytes(spec) > SMEM_BYTES - SMEM_FREE:
-        return f"{smem_bytes(spec)} bytes of SMEM for {spec.rows} rows of {spec.pages_per_seq} pages"
+    if smem_bytes(spec, target) > SMEM_BYTES - SMEM_FREE:
+        return f"{smem_bytes(spec, target)} bytes of SMEM for {spec.rows} rows of {spec.pages_per_seq} pages"
     if scratch_bytes(spec, target) > target.facts.scratch_bytes // 2:
         return f"{scratch_bytes(spec, target)} bytes of VMEM, more than half of {target.facts.scratch_bytes}"
     return None
@@ -65,16 +65,27 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
 
 def scratch_bytes(spec: AttentionSpec, target: Target) -> int:
     """VMEM that a call names: page buffers, blocks of q and result (twice), softmax state, sinks."""
-    shape = shape_for(spec.kind, spec.tokens, spec.q_heads, spec.page_size, spec.pages_per_seq, spec.dtype, spec.layout)
+    shape = shape_for(_sizes(spec), target)
     return shape.vmem_bytes(spec.sinks)
 
 
-def smem_bytes(spec: AttentionSpec) -> int:
+def smem_bytes(spec: AttentionSpec, target: Target) -> int:
     """SMEM of the items, and of two rows of the block table, both double-buffered."""
     items = spec.rows
     if spec.kind == "prefill":
-        items += -(-spec.tokens // prefill_tokens(spec.q_heads, spec.tokens, spec.dtype, spec.layout))
+        items += -(-spec.tokens // shape_for(_sizes(spec), target).block_tokens)
     return 4 * (up(items * FIELDS, 1024) + 4 * up(spec.pages_per_seq, 1024))
+
+
+def padded_bytes(spec: AttentionSpec, target: Target) -> int:
+    """HBM of the queries laid out in blocks; the result takes as much."""
+    shape = shape_for(_sizes(spec), target)
+    blocks = -(-spec.tokens // shape.block_tokens)
+    return blocks * shape.bands * shape.rows * shape.lanes * jnp.dtype(spec.dtype).itemsize
+
+
+def _sizes(spec: AttentionSpec) -> Sizes:
+    return Sizes(spec.kind, spec.tokens, spec.q_heads, spec.page_size, spec.pages_per_seq, spec.dtype, spec.layout)
 
 
 def decode(
@@ -92,7 +103,8 @@ def decode(
 ) -> Array:
     """One query a row. See `api.decode_attention`."""
     rows, q_heads, head_dim = q.shape
-    shape = shape_for("decode", rows, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout)
+    sizes = Sizes("decode", rows, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout)
+    shape = shape_for(sizes, target)
     index, zero = jnp.arange(rows, dtype=jnp.int32), jnp.zeros_like(kv_lens)
     first = jnp.maximum(kv_lens - window, 0) if window else zero
     items = _items(index, index, first, kv_lens, kv_lens - 1, zero, jnp.minimum(kv_lens, 1))
@@ -126,7 +138,8 @@ def prefill(
 ) -> Array:
     """Ragged prompt chunks on one token axis. See `api.prefill_attention`."""
     tokens, q_heads, head_dim = q.shape
-    shape = shape_for("prefill", tokens, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout)
+    sizes = Sizes("prefill", tokens, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout)
+    shape = shape_for(sizes, target)
     block, group = shape.block_tokens, shape.group
     blocks = -(-tokens // block)
     items = prefill_items(q_starts, q_lens, positions, blocks, block, window)

@@ -1,4 +1,4 @@
-"""Static sizes of the TPU kernel of paged attention, and the computed choice of its blocks."""
+"""Static sizes of the TPU kernel of paged attention, and the choice of its blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.target import Target
+from pallas_kernels.tuning import lookup
 
 LANES = 128
 PACKING = {"float32": 1, "bfloat16": 2, "int8": 4, "float8_e4m3fn": 4, "float8_e5m2": 4}  # rows in a 32 bit word
@@ -82,36 +84,55 @@ class Maths:
     sinks: bool
 
 
-def shape_for(
-    kind: Literal["decode", "prefill"],
-    tokens: int,
-    q_heads: int,
-    page_size: int,
-    pages_per_seq: int,
-    dtype: str,
-    layout: KVLayout,
-) -> Shape:
-    """The computed choice of blocks.
+@dataclass(frozen=True)
+class Sizes:
+    """What the blocks depend on; the fields of `api.AttentionSpec` of these names."""
+
+    kind: Literal["decode", "prefill"]
+    tokens: int
+    q_heads: int
+    page_size: int
+    pages_per_seq: int
+    dtype: str
+    layout: KVLayout
+
+    @property
+    def key(self) -> str:
+        """Of a tuned choice: tokens rounded up to a power of two, heads, dtypes, page."""
+        layout, tokens = self.layout, 1 << (self.tokens - 1).bit_length()
+        heads = f"{self.q_heads}/{layout.kv_heads}x{layout.head_dim}"
+        return f"{self.kind} {tokens}x{heads} {self.dtype} {layout.dtype} {self.page_size}"
+
+
+def shape_for(sizes: Sizes, target: Target) -> Shape:
+    """Tuned "chunk_tokens" and "block_tokens" (powers of two) where somebody measured, else the computed choice.
 
     Decode: one token a block; as many KV heads a band as fill a tile's rows. Prefill: a band a KV
-    head, see `prefill_tokens`. A turn sees about 1 MiB of pages, 128 to 512 tokens, and no more
-    than a power of two below what a row can have.
+    head. A turn never sees more than a power of two below what a row can have, nor less than a page.
     """
-    group, tile = q_heads // layout.kv_heads, 8 * PACKING[dtype]
-    chunk = min(max((1 << 20) // layout.token_bytes, 128), 512, pages_per_seq * page_size)
-    chunk_pages = max(1, max(_power_below(chunk), 128) // page_size)
-    if kind == "decode":
+    tuned = lookup("paged_attention", target.chip, sizes.key) or {}
+    layout, group, tile = sizes.layout, sizes.q_heads // sizes.layout.kv_heads, 8 * PACKING[sizes.dtype]
+    chunk = min(tuned.get("chunk_tokens", chunk_tokens(layout, target)), sizes.pages_per_seq * sizes.page_size)
+    chunk_pages = max(1, max(_power_below(chunk), LANES) // sizes.page_size)
+    if sizes.kind == "decode":
         heads = min(layout.kv_heads, -(-tile // group))
-        return Shape(layout, dtype, 1, group, heads, up(heads * group, tile), page_size, chunk_pages)
-    block = prefill_tokens(q_heads, tokens, dtype, layout)
-    return Shape(layout, dtype, block, group, 1, group * block, page_size, chunk_pages)
+        rows = up(heads * group, tile)
+        return Shape(layout, sizes.dtype, 1, group, heads, rows, sizes.page_size, chunk_pages)
+    block = tuned.get("block_tokens", block_tokens(sizes))
+    return Shape(layout, sizes.dtype, block, group, 1, group * block, sizes.page_size, chunk_pages)
 
 
-def prefill_tokens(q_heads: int, tokens: int, dtype: str, layout: KVLayout) -> int:
+def chunk_tokens(layout: KVLayout, target: Target) -> int:
+    """Keys of a turn: what arrives in 1.25 us, longer than a copy's latency; 128 to 512 of them."""
+    rate = target.facts.memory_bytes_per_s if target.facts is not None else 1e12
+    return min(max(int(1.25e-6 * rate) // layout.token_bytes, LANES), 512)
+
+
+def block_tokens(sizes: Sizes) -> int:
     """Tokens of a prefill block: 512 rows a band, at most 128 tokens, and 8 MiB of weighted values for all heads."""
-    width, tile = up(layout.head_width, LANES), 8 * PACKING[dtype]
-    most = min(512 * layout.kv_heads // q_heads, (8 << 20) // (4 * q_heads * width), 128, 2 * tokens - 1)
-    return max(_power_below(most), tile)
+    layout, width = sizes.layout, up(sizes.layout.head_width, LANES)
+    most = (512 * layout.kv_heads // sizes.q_heads, (8 << 20) // (4 * sizes.q_heads * width), 2 * sizes.tokens - 1)
+    return max(_power_below(min(*most, 128)), 8 * PACKING[sizes.dtype])
 
 
 def up(number: int, multiple: int) -> int:

@@ -1,0 +1,135 @@
+"""Paged attention and kv_write compiled for TPUs that are not here: the kernel is in the program, the pool once.
+
+The short set compiles for v6e; `-m "aot and slow"` compiles every case for every chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import Array
+
+from pallas_kernels.kv_layout import KVDtype, kv_layout
+from pallas_kernels.kv_write import tpu as kv_write
+from pallas_kernels.kv_write import write_kv
+from pallas_kernels.paged_attention import decode_attention, prefill_attention, tpu
+from pallas_kernels.paged_attention.api import choice
+from pallas_kernels.paged_attention.cases import CASES, REAL, Case
+from pallas_kernels.target import Target
+from tests.pallas_kernels import aot
+
+pytestmark = pytest.mark.aot
+OFTEN = {
+    "decode_gqa_3",
+    "decode_e5m2",
+    "prefill_sinks_bfloat16",
+    "prefill_int8",
+    "llama8b_decode_64x1k",
+    "llama8b_decode_64x1k_int8",
+    "llama8b_prefill_1k",
+    "gpt_oss_decode_32x4k_sinks",
+}
+WRITES: dict[str, tuple[KVDtype, int, int]] = {  # dtype, tokens, KV heads of 128
+    "decode_bfloat16": ("bfloat16", 64, 8),
+    "decode_int8": ("int8", 64, 8),
+    "decode_float32": ("float32", 8, 2),
+    "prefill_e4m3": ("float8_e4m3fn", 1024, 8),
+    "prefill_e5m2": ("float8_e5m2", 1024, 1),
+    "prefill_mha_bfloat16": ("bfloat16", 2048, 32),
+}
+SHORT_WRITES = {"decode_bfloat16", "decode_int8", "prefill_e4m3"}
+
+
+def everywhere(names: Iterable[str], often: set[str]) -> list[Any]:
+    """(name, chip): slow but for the short set on v6e."""
+    return [
+        pytest.param(
+            name, chip, id=f"{name}-{chip}", marks=[] if chip == "v6e" and name in often else [pytest.mark.slow]
+        )
+        for name in names
+        for chip in aot.CHIPS["tpu"]
+    ]
+
+
+def attention(case: Case, target: Target) -> tuple[Callable[..., Array], list[jax.ShapeDtypeStruct]]:
+    spec = case.spec("tpu")
+    pages = max(64, 4 * sum(-(-n // case.page_size) for n in case.lengths))  # a pool is more than one call's pages
+    rows = jax.ShapeDtypeStruct((spec.rows,), jnp.int32)
+    shapes = [
+        jax.ShapeDtypeStruct((spec.tokens, spec.q_heads, case.head_dim), case.dtype),
+        jax.ShapeDtypeStruct((pages, case.page_size, spec.layout.width), spec.layout.dtype),
+        jax.ShapeDtypeStruct((spec.rows, spec.pages_per_seq), jnp.int32),
+        *[rows] * (1 if case.queries is None else 3),
+        jax.ShapeDtypeStruct((spec.q_heads,), jnp.float32),
+    ]
+    op = decode_attention if case.queries is None else prefill_attention
+    fixed = {"layout": spec.layout, "target": target, "scale": 0.1, "softcap": case.softcap, "window": case.window}
+    return lambda *a: op(*a[:-1], sinks=a[-1] if case.sinks else None, **fixed), shapes
+
+
+def size(shape: jax.ShapeDtypeStruct) -> int:
+    return shape.size * shape.dtype.itemsize
+
+
+@pytest.mark.parametrize(("name", "chip"), everywhere((case.name for case in CASES + REAL), OFTEN))
+def test_attention_compiles_and_reads_the_pool_in_place(name: str, chip: str) -> None:
+    case = next(case for case in CASES + REAL if case.name == name)
+    target = aot.target(chip)
+    function, shapes = attention(case, target)
+    chosen = choice(case.spec("tpu"), target)
+    if chosen.implementation.name != "tpu":
+        assert "page_size" in str(chosen)
+        return
+    compiled = aot.compile_op(function, shapes, chip)
+    text = aot.hlo(compiled)
+    assert text is None or "tpu_custom_call" in text
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    padded = 3 * tpu.padded_bytes(case.spec("tpu"), target) + (2 << 20)  # q and result laid out in blocks, small change
+    assert memory.temp_size_in_bytes < padded
+    if case in REAL and case.queries is None:
+        assert memory.temp_size_in_bytes < size(shapes[1]) // 8, "no second pool"
+
+
+@pytest.mark.parametrize(("name", "chip"), everywhere(WRITES, SHORT_WRITES))
+def test_kv_write_compiles_in_place(name: str, chip: str) -> None:
+    dtype, tokens, heads = WRITES[name]
+    layout, target = kv_layout(heads, 128, dtype, "tpu"), aot.target(chip)
+    pool = jax.ShapeDtypeStruct((4096, 32, layout.width), dtype)
+    new = jax.ShapeDtypeStruct((tokens, heads, 128), jnp.float32 if dtype == "float32" else jnp.bfloat16)
+    places = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    write = partial(write_kv, layout=layout, target=target)
+    compiled = aot.compile_op(write, [pool, new, new, places, places], chip, donate=(0,))
+    text, memory = aot.hlo(compiled), compiled.memory_analysis()
+    assert text is None or "tpu_custom_call" in text
+    assert memory is not None and memory.alias_size_in_bytes == size(pool)
+    assert memory.temp_size_in_bytes < size(pool) // 8, "no second pool"
+
+
+def test_the_check_sees_a_second_pool() -> None:
+    """XLA's scatter into pages of int8 copies them: why the kernel is there."""
+    target = Target("tpu", "v6e", implementations=(("kv_write", "reference"),))
+    layout = kv_layout(8, 128, "int8", "tpu")
+    pool = jax.ShapeDtypeStruct((4096, 32, layout.width), "int8")
+    new, places = jax.ShapeDtypeStruct((64, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.int32)
+    write = partial(write_kv, layout=layout, target=target)
+    memory = aot.compile_op(write, [pool, new, new, places, places], "v6e", donate=(0,)).memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes >= size(pool)
+
+
+@pytest.mark.parametrize("chip", aot.CHIPS["tpu"])
+def test_scratch_fits_every_chip(chip: str) -> None:
+    """What docs/aot.md prints: VMEM that the calls name."""
+    target = aot.target(chip)
+    facts = target.facts
+    assert facts is not None
+    for case in REAL:
+        assert 0 < tpu.scratch_bytes(case.spec("tpu"), target) <= facts.scratch_bytes // 2
+    for dtype, tokens, heads in WRITES.values():
+        shape = kv_write.shape_for(tokens, kv_layout(heads, 128, dtype, "tpu").width, dtype)
+        assert 0 < shape.bytes <= facts.scratch_bytes // 2
