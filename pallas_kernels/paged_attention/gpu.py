@@ -151,7 +151,7 @@ def _chip(target: Target) -> Chip:
 
 
 def _interpret(target: Target) -> Any:
-    """The interpreter is new in JAX 0.12; before it, `declines` has said so."""
+    """What the kernel is run with; where JAX has no interpreter, `declines` has said so."""
     return plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan") if target.interpret else False
 
 

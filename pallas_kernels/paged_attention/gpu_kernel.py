@@ -127,6 +127,8 @@ def attend(
     Returns the weighted mean of the values, [items * head_groups * q_rows, head_width] in out_dtype, and with
     `lse` float32 [items * head_groups * 64]. What idle items would write stays uninitialised.
     """
+    if tile.scale <= 0:
+        raise ValueError(f"scale {tile.scale} must be positive: masked scores are -inf before it is applied")
     units = (schedule.shape[0] - 1) * tile.head_groups
     results = [jax.ShapeDtypeStruct((units * tile.q_rows, tile.head_width), jnp.dtype(tile.out_dtype))]
     if tile.lse:
@@ -134,7 +136,7 @@ def attend(
     operands = [schedule, tables, q, pages] + ([] if sinks is None else [sinks])
 
     def body(*refs: Any) -> None:
-        named = dict(zip(("schedule", "tables", "q", "pages"), refs, strict=False))
+        named: dict[str, Any] = dict(zip(("schedule", "tables", "q", "pages"), refs, strict=False))
         rest = list(refs[4:])
         named["sinks"] = rest.pop(0) if tile.sinks else None
         named["out"] = rest.pop(0)
@@ -225,7 +227,9 @@ def _in_scope(tile: Tile, named: dict[str, Any]) -> None:
 def _shared(name: str, tile: Tile, shape: tuple[int, ...], dtype: str) -> Any:
     """A buffer; what wgmma reads, and what TMA writes for it, is swizzled."""
     lanes = {"queries": 64, "wide": 64, "weights": 64, "result": 32, "kv_ring": 0 if tile.quantized else 64}.get(name)
-    swizzled = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)) if lanes else ()
+    tiling: Any = plgpu.TilingTransform  # abstract to the type checker
+    swizzle: Any = plgpu.SwizzleTransform
+    swizzled = (tiling((8, lanes)), swizzle(128)) if lanes else ()
     return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=swizzled)
 
 
@@ -399,7 +403,7 @@ def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, sta
         turns.change()
         return ref[...]
 
-    scores = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, tile.block_kv), jnp.float32))
+    scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tile.block_kv), jnp.float32))
     if tile.quantized:
         scores *= _factors(refs, wg, 0, scores.shape)
     scores, factor = _scaled(tile, scores)
@@ -453,7 +457,8 @@ class _Turns:
 def _add_product(tile: Tile, refs: _Refs, wg: Array, acc: Array, weights: Array, values: Any) -> Array:
     """acc + weights @ values. The interpreter knows no weights in registers and no accumulator that begins full."""
     if not tile.interpret:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+        full: Any = plgpu.WGMMAAccumulatorRef.init(acc)
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(full)
     refs.weights[wg] = weights
     plgpu.commit_smem()
 
@@ -461,7 +466,7 @@ def _add_product(tile: Tile, refs: _Refs, wg: Array, acc: Array, weights: Array,
         plgpu.wgmma(ref, refs.weights.at[wg], values)
         return ref[...]
 
-    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+    return acc + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tile.head_width), jnp.float32))
 
 
 def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> Any:
