@@ -7,10 +7,10 @@ operand from shared memory. A group's nibbles are its first half's rows, then it
 each plane of a group meets its own half of x's columns and one byte load serves two weights.
 
 The sum of a group is scaled by its column scales in registers, and transposed on its way through
-shared memory. With few columns K is split over `splits` blocks, whose float32 sums XLA adds. Nibbles
-count from -8 here; offsets (row sums of x times offsets + 8 * scales) and the row scales of dynamic
-activations are XLA's. 8-bit wgmma wants K contiguous in memory, which the packed weight has not: 8-bit
-x is multiplied as bfloat16, which holds it exactly.
+shared memory. With few columns K is split over `splits` blocks, whose float32 sums XLA adds. Offsets
+(row sums of x times offsets) and the row scales of dynamic activations are XLA's. 8-bit wgmma wants K
+contiguous in memory, which the packed weight has not: 8-bit x is multiplied as bfloat16, which holds
+it exactly.
 
 The idea of a left operand dequantized in registers is from jax/experimental/pallas/ops/gpu/
 hopper_mixed_type_matmul_mgpu.py (Apache-2.0).
@@ -98,7 +98,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     if w.offsets is not None:
         groups = w.scales.shape[0]
         row_sums = jnp.sum(x.astype(jnp.float32).reshape(tokens, groups, -1), axis=2)
-        out += jnp.dot(row_sums, w.offsets + 8 * w.scales, precision=lax.Precision.HIGHEST)
+        out += jnp.dot(row_sums, w.offsets, precision=lax.Precision.HIGHEST)
     return (out if row_scales is None else out * row_scales).astype(x.dtype)
 
 
@@ -150,13 +150,14 @@ class _Static:
     format: str
     groups: int
     group: int
+    offsets: bool
     interpret: bool
 
 
 def _sums(x: Array, w: Quantized, b: Blocks, dtype: Any, target: Target) -> Array:
     """[splits, tokens, N] of x [tokens, K] in bfloat16, tokens a multiple of bt: scaled, without offsets."""
     (tokens, k), n = x.shape, w.shape[1]
-    static = _Static(w.format, w.scales.shape[0], w.group, target.interpret)
+    static = _Static(w.format, w.scales.shape[0], w.group, w.offsets is not None, target.interpret)
     values = lax.bitcast_convert_type(w.values, jnp.int8) if w.format == "int4" else w.values
     interpret: Any = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if target.interpret else {}
     kernel = plgpu.kernel(
@@ -235,7 +236,7 @@ def _group_sum(x_smem: Any, values_smem: Any, start: int, rows: int, depth: int,
         half = rows // 2
         products = []
         for offset in range(0, half, depth):
-            low, high = _nibbles(_left(values_smem, start // 2 + offset, depth))
+            low, high = _nibbles(_left(values_smem, start // 2 + offset, depth), w.offsets)
             products += [(low, start + offset), (high, start + half + offset)]
 
     if w.interpret:  # whose wgmma takes the left operand from shared memory only
@@ -257,9 +258,11 @@ def _left(values_smem: Any, start: int, depth: int) -> Array:
     return plgpu.layout_cast(plgpu.load(rows, layout=_SINGLE, optimized=False), plgpu.Layout.WGMMA)
 
 
-def _nibbles(signed: Array) -> tuple[Array, Array]:
-    """bfloat16 nibble - 8 of the low nibbles and 16 * (nibble - 8) of the high ones, of bytes as int8."""
-    return (signed & 15).astype(jnp.bfloat16) - 8, ((signed ^ -128) & -16).astype(jnp.bfloat16)
+def _nibbles(signed: Array, offsets: bool) -> tuple[Array, Array]:
+    """bfloat16 low nibbles and 16 times the high ones, of bytes as int8. Without offsets a nibble counts from -8."""
+    low = (signed & 15).astype(jnp.bfloat16)
+    high = ((signed ^ -128) & -16).astype(jnp.bfloat16)  # 16 * (nibble - 8), with its sign
+    return (low, high + 128) if offsets else (low - 8, high)
 
 
 def _wide(numbers: Array, format: str) -> Array:
