@@ -203,10 +203,19 @@ def _kernel(
     total = pipeline(*inputs)
     if w.groups == 1:
         total = total * _spread(scales_gmem.at[0, columns], b)
-    plgpu.store(out_smem.transpose((1, 0)), plgpu.layout_cast(total.astype(out_smem.dtype), _SINGLE), optimized=False)
+    _store(out_smem.transpose((1, 0)), plgpu.layout_cast(total.astype(out_smem.dtype), _SINGLE))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[split, pl.ds(token * b.bt, b.bt), columns])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _store(ref: Any, value: Array) -> None:
+    """With bank conflicts, which JAX before 0.12 allows as such and later versions on demand."""
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)
 
 
 def _spread(scales_ref: Any, b: Blocks) -> Array:
