@@ -10,6 +10,7 @@ written: what another chunking or a prefix hit would leave in the page is the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -12,7 +12,7 @@ from typing import Literal
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.grouped_matmul import reference, tpu
+from pallas_kernels.grouped_matmul import gpu, reference, tpu
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat
 from pallas_kernels.target import Target
 
@@ -35,6 +35,7 @@ class GroupedSpec:
 
 CANDIDATES: tuple[Implementation[GroupedSpec], ...] = (
     Implementation("tpu", tpu.declines, tpu.run),
+    Implementation("gpu", gpu.declines, gpu.run),
     Implementation("reference", never, reference.run),
 )
 

@@ -79,6 +79,7 @@ SMALL = (
     Case(name="k_in_steps", sizes=(2, 0, 6), k=4224, dtype="bfloat16"),
     Case(name="k_in_steps_int8", sizes=(2, 0, 6), k=4224, dtype="bfloat16", format="int8"),
     Case(name="bfloat16", sizes=(5, 0, 33, 9), padding=1, k=256, n=256, dtype="bfloat16"),
+    Case(name="bfloat16_many_rows", sizes=(150, 3, 0, 140), padding=40, dtype="bfloat16"),
     Case(name="bfloat16_decode", sizes=(1, 0, 2, 0, 1, 0, 0, 4), k=256, dtype="bfloat16"),
     Case(name="int8", sizes=(4, 0, 12), padding=2, format="int8", dtype="bfloat16", k=256),
     Case(name="int8_float32", sizes=(9, 1, 0), format="int8"),

@@ -85,7 +85,7 @@ def run(x: Array, w: Array | Quantized, group_sizes: Array, *, target: Target) -
     """x [tokens, K] by w [experts, K, N] -> [tokens, N]; see `api.grouped_matmul`. Rows of nobody are zeros."""
     (tokens, k), (_, _, n) = x.shape, w.shape
     b = blocks(tokens, w, target)
-    plan = visits(group_sizes, tokens, b.bm, aligned=True)
+    plan = visits(group_sizes, tokens, b.bm)
     left, row_scales = _left(x, w, target)
     kernel = _kernel(b, k // b.bk, w, left.dtype)
     # Index maps take the grid's (columns, visit, step of K) and the plan: expert, tile, start, end, nobodys.

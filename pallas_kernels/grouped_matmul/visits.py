@@ -29,26 +29,29 @@ def most(tokens: int, experts: int, tile: int) -> int:
     return min(tokens, -(-tokens // tile) + experts)
 
 
-def visits(group_sizes: Array, tokens: int, tile: int, *, aligned: bool) -> Visits:
-    """aligned: tiles start at multiples of `tile`, one with a border inside is visited once a group.
-    Otherwise each group's tiles start at its first row, which takes fewer visits.
+def visits(group_sizes: Array, tokens: int, tile: int, *, rows: int | None = None) -> Visits:
+    """Tiles start at multiples of `tile`, and one with a border inside is visited once a group.
+
+    With `rows`, of which there must be at least `tokens` and `tile`, a group's tiles start at its first
+    row instead, which takes fewer visits, or as far before it as keeps them within `rows`.
     """
     experts = group_sizes.shape[0]
     ends = jnp.minimum(jnp.cumsum(group_sizes), tokens).astype(jnp.int32)
     ends = jnp.concatenate([ends, jnp.full(1, tokens, jnp.int32)])
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    first = starts // tile * tile if aligned else starts
+    first = starts // tile * tile if rows is None else starts
     tiles = jnp.where(ends > starts, (ends - first + tile - 1) // tile, 0)
     done = jnp.cumsum(tiles)
     index = jnp.arange(most(tokens, experts, tile), dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(index[:, None] >= done[None, :], axis=1, dtype=jnp.int32), experts)
     row = first[group] + (index - done[group] + tiles[group]) * tile
+    start, end = jnp.maximum(row, starts[group]), jnp.minimum(row + tile, ends[group])
     active = jnp.where(group_sizes > 0, jnp.arange(experts, dtype=jnp.int32), 0)
     return Visits(
         expert=jnp.where(group < experts, group, jnp.max(active)),
-        row=row,
-        start=jnp.maximum(row, starts[group]),
-        end=jnp.minimum(row + tile, ends[group]),
+        row=row if rows is None else jnp.minimum(row, rows - tile),
+        start=start,
+        end=end,
         nobodys=(group == experts).astype(jnp.int32),
         count=done[-1:],
     )

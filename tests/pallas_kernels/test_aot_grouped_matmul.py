@@ -23,6 +23,8 @@ CALLS = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu"}
 SHORT = {
     "v6e": {"qwen3_30b_up_32", "qwen3_30b_up_4k_int4", "mixtral_8x7b_down_4k", "e4m3_dynamic"},
     "tpu7x": {"qwen3_30b_up_32_e4m3"},
+    "h100": {"qwen3_30b_up_4k"},
+    "h200": {"qwen3_30b_up_32"},
 }
 MATRIX = [
     pytest.param(chip, case, id=f"{chip}-{case.name}", marks=() if case.name in names else pytest.mark.slow)
@@ -56,8 +58,8 @@ def test_compiles_without_a_copy_of_the_weights(chip: str, case: Case) -> None:
     compiled = aot.compile_op(partial(grouped_matmul, target=target), (x, w, sizes), chip)
     text = aot.hlo(compiled)
     assert text is None or CALLS[platform] in text
-    # x may be put in another order, twice; the plan of visits and XLA's own reserve are small.
-    allowed = 2 * x.size * x.dtype.itemsize + (2 << 20)
+    # x may be put in another order, by way of padded copies; the plan of visits and XLA's own reserve are small.
+    allowed = 4 * x.size * x.dtype.itemsize + (2 << 20)
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes <= allowed
     if case in REAL and case.num_tokens <= 256:

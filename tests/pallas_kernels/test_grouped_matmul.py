@@ -27,6 +27,7 @@ from pallas_kernels.target import CPU, Target
 TARGETS = {
     "reference": CPU,
     "tpu": Target("tpu", "v6e", (("grouped_matmul", "tpu"),), interpret=True),
+    "gpu": Target("gpu", "h100", (("grouped_matmul", "gpu"),), interpret=True),
     "tpu_without_8_bit_products": Target("tpu", "tpu7x", (("grouped_matmul", "tpu"),), interpret=True),
 }
 KERNELS = [name for name in TARGETS if name not in ("reference", "tpu_without_8_bit_products")]
@@ -136,7 +137,7 @@ def test_each_row_gets_its_experts_product(implementation: str, case: Case) -> N
 
 @pytest.mark.parametrize("implementation", ["reference", *KERNELS])
 def test_the_check_fails_when_groups_are_shifted_by_one_row(implementation: str) -> None:
-    case = Case(name="shifted", sizes=(5, 7, 4))
+    case = Case(name="shifted", sizes=(5, 7, 4), dtype="bfloat16")
     call = make(case)
     shifted = replace(call, sizes=jnp.asarray((6, 6, 4), jnp.int32))
     got = run(TARGETS[implementation], case, shifted)
