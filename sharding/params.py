@@ -23,6 +23,7 @@ class ParamSpec:
     `init` fills random checkpoints; "normal" has standard deviation 1/sqrt(fan_in).
     `rows`: on the device the array is a matrix, its first `rows` dimensions merged and the rest
     merged. Small trailing dimensions would be padded to whole tiles there, several times their size.
+    `lead`: dimensions before those, kept as they are on the device (experts).
     `packable`: only ever multiplied by, so it may be stored in fewer bits.
     """
 
@@ -32,6 +33,7 @@ class ParamSpec:
     init: Init = "normal"
     fan_in: int = 1
     rows: int | None = None
+    lead: int = 0
     packable: bool = False
 
     def __post_init__(self) -> None:
@@ -43,7 +45,8 @@ class ParamSpec:
         """Shape of the array on the device; the order of the elements is the same."""
         if self.rows is None:
             return self.shape
-        return math.prod(self.shape[: self.rows]), math.prod(self.shape[self.rows :])
+        lead, rest = self.shape[: self.lead], self.shape[self.lead :]
+        return (*lead, math.prod(rest[: self.rows]), math.prod(rest[self.rows :]))
 
     @property
     def num_bytes(self) -> int:

@@ -23,13 +23,29 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of a layer's MLP (arXiv 1701.06538, 2101.03961)."""
+
+    num_experts: int
+    per_token: int
+    intermediate_size: int  # of one expert
+    normalize: bool = True  # the chosen experts' weights add up to one
+    shared_size: int = 0  # width of the expert that every token sees; 0: there is none
+    shared_gate: bool = False  # the shared expert's output is times sigmoid(gate . x) (Qwen2-MoE)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.per_token <= self.num_experts:
+            raise ValueError(f"{self.per_token} experts a token of {self.num_experts}")
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What differs between layers. Query i sees key j when i - window < j <= i."""
 
     rope: Rope | None  # None: no position encoding (NoPE)
     window: int | None = None  # tokens; None sees everything before it
     mixer: Literal["attention"] = "attention"
-    ffn: Literal["gated"] = "gated"
+    ffn: Literal["gated", "experts"] = "gated"
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tie_embeddings: bool = False
+    experts: Experts | None = None  # of the layers whose ffn is "experts"
 
     @property
     def num_layers(self) -> int:
@@ -71,5 +88,7 @@ class ModelConfig:
         return self.num_q_heads // self.num_kv_heads
 
     def __post_init__(self) -> None:
+        if self.experts is None and any(layer.ffn == "experts" for layer in self.layers):
+            raise ValueError("layers have experts, but nothing says how many")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads {self.num_q_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")

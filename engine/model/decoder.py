@@ -24,6 +24,7 @@ from engine.model.layers import (
     rope_cos_sin,
     softcap,
 )
+from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
 from pallas_kernels.target import Target
 
@@ -142,9 +143,24 @@ def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
 
 
 def _gated(config: ModelConfig, target: Target, x: Array, weights: Params) -> Array:
-    return gated_mlp(x, weights, config.activation, mlp_block(config), target)
+    return gated_mlp(x, weights, config.activation, mlp_block(config.intermediate_size), target)
+
+
+def _experts(config: ModelConfig, target: Target, x: Array, weights: Params) -> Array:
+    """The token's experts, and the shared one if there is one."""
+    if config.experts is None:
+        raise ValueError("the config has no experts")
+    out = expert_mlps(config.experts, config.activation, x, weights, target)
+    if not config.experts.shared_size:
+        return out
+    shared = {"gate_up": weights["shared_gate_up"], "down": weights["shared_down"]}
+    every = gated_mlp(x, shared, config.activation, mlp_block(config.experts.shared_size), target)
+    if config.experts.shared_gate:
+        gate = jax.nn.sigmoid(linear(x, weights["shared_gate"], target).astype(jnp.float32))
+        every = (every * gate).astype(x.dtype)
+    return out + every
 
 
 MIXERS = {"attention": _attention}
 QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}
-FFNS = {"gated": _gated}
+FFNS = {"gated": _gated, "experts": _experts}

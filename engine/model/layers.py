@@ -67,10 +67,15 @@ def gated_mlp(x: Array, weights: Params, activation: str, block: int, target: Ta
     gate_up = linear(x, weights["gate_up"], target)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
-    gate_up = gate_up.reshape(x.shape[0], -1, 2, block)
-    gate = ACTIVATIONS[activation](gate_up[:, :, 0].astype(jnp.float32)).astype(x.dtype)
-    out = linear((gate * gate_up[:, :, 1]).reshape(x.shape[0], -1), weights["down"], target)
+    out = linear(gated(gate_up, activation, block), weights["down"], target)
     return out + weights["down_bias"][None] if "down_bias" in weights else out
+
+
+def gated(gate_up: Array, activation: str, block: int) -> Array:
+    """act(gate) * up, [tokens, mlp], of [tokens, 2 * mlp] where they stand in turns of `block` columns."""
+    gate_up = gate_up.reshape(gate_up.shape[0], -1, 2, block)
+    gate = ACTIVATIONS[activation](gate_up[:, :, 0].astype(jnp.float32)).astype(gate_up.dtype)
+    return (gate * gate_up[:, :, 1]).reshape(gate_up.shape[0], -1)
 
 
 def softcap(x: Array, cap: float | None) -> Array:

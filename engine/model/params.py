@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from engine.model.config import ModelConfig
+from engine.model.config import LayerSpec, ModelConfig
 from sharding.params import ParamSpec
 
 LANES = 128  # of a TPU's vector registers
@@ -30,7 +30,7 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     hidden, vocab = config.hidden_size, config.vocab_size
     specs = {"embed": ParamSpec((vocab, hidden), dtype, ("vocab", "embed"), fan_in=hidden)}
     for i in range(config.num_layers):
-        for name, spec in _layer_specs(config, dtype).items():
+        for name, spec in _layer_specs(config, config.layers[i], dtype).items():
             specs[f"layers.{i}.{name}"] = spec
     specs["final_norm"] = _norm(hidden)
     if not config.tie_embeddings:
@@ -38,17 +38,17 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     return specs
 
 
-def mlp_block(config: ModelConfig) -> int:
-    """Columns of gate that stand together in gate_up, before as many of up."""
-    return math.gcd(config.intermediate_size, LANES)
+def mlp_block(size: int) -> int:
+    """Columns of gate that stand together in gate_up, before as many of up; size: of the MLP."""
+    return math.gcd(size, LANES)
 
 
 def _norm(*shape: int, axes: tuple[str | None, ...] = ("embed",)) -> ParamSpec:
     return ParamSpec(shape, jnp.dtype(jnp.float32), axes, init="ones")
 
 
-def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
-    hidden, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
+def _layer_specs(config: ModelConfig, layer: LayerSpec, dtype: np.dtype) -> dict[str, ParamSpec]:
+    hidden, head = config.hidden_size, config.head_dim
     kv, group = config.num_kv_heads, config.q_per_kv
     specs: dict[str, ParamSpec] = {}
     if config.norm_place in ("pre", "sandwich"):
@@ -83,14 +83,46 @@ def _layer_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         specs["attn_post_norm"] = _norm(hidden)
     if config.norm_place in ("pre", "sandwich"):
         specs["mlp_norm"] = _norm(hidden)
-    blocks, block = mlp // mlp_block(config), mlp_block(config)
-    specs["gate_up"] = ParamSpec(
-        (hidden, blocks, 2, block), dtype, ("embed", "mlp", None, None), fan_in=hidden, rows=1, packable=True
-    )
-    specs["down"] = ParamSpec((mlp, hidden), dtype, ("mlp", "embed"), fan_in=mlp, packable=True)
-    if config.mlp_bias:
-        specs["gate_up_bias"] = ParamSpec((blocks, 2, block), dtype, ("mlp", None, None), init="zeros")
-        specs["down_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
+    specs |= _experts(config, dtype) if layer.ffn == "experts" else _mlp(config, dtype)
     if config.norm_place in ("post", "sandwich"):
         specs["mlp_post_norm"] = _norm(hidden)
+    return specs
+
+
+def _mlp(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    specs = _gated(hidden, mlp, dtype)
+    if config.mlp_bias:
+        blocks, block = mlp // mlp_block(mlp), mlp_block(mlp)
+        specs["gate_up_bias"] = ParamSpec((blocks, 2, block), dtype, ("mlp", None, None), init="zeros")
+        specs["down_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
+    return specs
+
+
+def _gated(hidden: int, mlp: int, dtype: np.dtype, experts: int = 0) -> dict[str, ParamSpec]:
+    """gate_up and down of one MLP, or of each of so many experts."""
+    count, axis, lead = ((experts,), ("experts",), 1) if experts else ((), (), 0)
+    blocks, block = mlp // mlp_block(mlp), mlp_block(mlp)
+    gate_up, down = (*count, hidden, blocks, 2, block), (*count, mlp, hidden)
+    return {
+        "gate_up": ParamSpec(
+            gate_up, dtype, (*axis, "embed", "mlp", None, None), fan_in=hidden, rows=1, lead=lead, packable=True
+        ),
+        "down": ParamSpec(down, dtype, (*axis, "mlp", "embed"), fan_in=mlp, rows=1, lead=lead, packable=True),
+    }
+
+
+def _experts(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+    """router [embed, experts], gate_up and down of each expert, and of the one that every token sees."""
+    experts, hidden = config.experts, config.hidden_size
+    if experts is None:
+        raise ValueError("the config has no experts")
+    specs = {"router": ParamSpec((hidden, experts.num_experts), dtype, ("embed", None), fan_in=hidden)}
+    each = _gated(hidden, experts.intermediate_size, dtype, experts.num_experts)
+    specs |= {f"experts_{name}": spec for name, spec in each.items()}
+    if experts.shared_size:
+        shared = _gated(hidden, experts.shared_size, dtype)
+        specs |= {f"shared_{name}": spec for name, spec in shared.items()}
+    if experts.shared_gate:
+        specs["shared_gate"] = ParamSpec((hidden, 1), dtype, ("embed", None), fan_in=hidden)
     return specs

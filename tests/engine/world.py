@@ -17,7 +17,7 @@ import numpy as np
 from engine.config import EngineConfig
 from engine.executables import NoProgramCache, compile_all
 from engine.loop import Engine
-from engine.model.config import LayerSpec, ModelConfig, Rope
+from engine.model.config import Experts, LayerSpec, ModelConfig, Rope
 from engine.model.params import param_specs
 from engine.model.quantization import pack
 from engine.programs import compute_of, serving_programs
@@ -45,6 +45,11 @@ MODEL = ModelConfig(
     qk_norm="head",
     tie_embeddings=True,
 )
+MIXED = replace(
+    MODEL,
+    layers=(LayerSpec(ROPE, ffn="experts"), LayerSpec(ROPE, window=24), LayerSpec(None, ffn="experts")),
+    experts=Experts(num_experts=6, per_token=2, intermediate_size=24, shared_size=16, shared_gate=True),
+)
 CONFIG = EngineConfig(
     dtype="float32",
     max_model_len=192,
@@ -70,6 +75,7 @@ CONFIG = EngineConfig(
 # What the equality net runs over: (model, configuration).
 KINDS = {
     "float": (MODEL, CONFIG),
+    "experts": (MIXED, CONFIG),
     "packed": (MODEL, replace(CONFIG, quantization="int8", kv_cache_dtype="int8")),
 }
 

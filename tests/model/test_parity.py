@@ -62,6 +62,11 @@ def _local_rope(config: ModelConfig) -> ModelConfig:
     return _layers(config, rope=config.layers[0].rope)
 
 
+def _experts(config: ModelConfig, **changes) -> ModelConfig:
+    assert config.experts is not None
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, **changes))
+
+
 REMOVALS = [
     ("llama", "rope", lambda c: _layers(c, rope=None)),
     ("llama", "eps", lambda c: dataclasses.replace(c, norm_eps=1e-2)),
@@ -98,6 +103,15 @@ REMOVALS = [
     ("granite", "logits", lambda c: dataclasses.replace(c, logits_multiplier=1.0)),
     ("granite", "scale", lambda c: dataclasses.replace(c, attention_scale=c.head_dim**-0.5)),
     ("olmo2", "qk_norm", lambda c: dataclasses.replace(c, qk_norm="none")),
+    ("mixtral", "normalized weights", lambda c: _experts(c, normalize=False)),
+    ("mixtral", "window", _no_window),
+    ("mixtral", "experts a token", lambda c: _experts(c, per_token=1)),
+    ("qwen2_moe", "weights as they are", lambda c: _experts(c, normalize=True)),
+    ("qwen2_moe", "shared expert", lambda c: _experts(c, shared_size=0, shared_gate=False)),
+    ("qwen2_moe", "shared gate", lambda c: _experts(c, shared_gate=False)),
+    ("qwen2_moe", "qkv_bias", lambda c: dataclasses.replace(c, qkv_bias=False)),
+    ("qwen3_moe", "normalized weights", lambda c: _experts(c, normalize=False)),
+    ("qwen3_moe", "qk_norm", lambda c: dataclasses.replace(c, qk_norm="none")),
 ]
 
 

@@ -15,6 +15,8 @@ from engine.model.config import LayerSpec, ModelConfig
 from engine.model.families.common import LAYER_TYPES, attention_bias, dims_of, gate_activation, layer_count, windows_of
 from engine.model.families.gemma import GEMMA2_DEFAULTS, GEMMA3_DEFAULTS, gemma2, gemma3
 from engine.model.families.keys import Keys
+from engine.model.families.moe import MIXTRAL_DEFAULTS, QWEN2_DEFAULTS, QWEN3_DEFAULTS, mixtral, qwen2_moe, qwen3_moe
+from engine.model.families.qwen import qwen_layers
 
 
 @dataclass(frozen=True)
@@ -85,26 +87,9 @@ def _mistral(keys: Keys) -> ModelConfig:
     return ModelConfig(family="mistral", layers=(layer,) * layer_count(keys), activation=gate_activation(keys), **dims)
 
 
-def _qwen_layers(keys: Keys, head_dim: int) -> tuple[LayerSpec, ...]:
-    """Full attention, with a window from layer max_window_layers on if use_sliding_window."""
-    num_layers, sliding = layer_count(keys), keys.flag("use_sliding_window")
-    first = keys.value("max_window_layers")
-    window = keys.value("sliding_window")
-    kinds = keys.per_layer("layer_types", num_layers, LAYER_TYPES)
-    if kinds and not sliding and "sliding_attention" in kinds:
-        raise keys.wrong("use_sliding_window", "contradicts layer_types, which names sliding_attention")
-    if kinds is None and sliding and window is not None:
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise keys.wrong("max_window_layers", "must be an integer >= 0")
-        kinds = [LAYER_TYPES[i >= first] for i in range(num_layers)]
-    windows = windows_of(keys, kinds or ["full_attention"] * num_layers)
-    rope = keys.rope(head_dim)
-    return tuple(LayerSpec(rope, window) for window in windows)
-
-
 def _qwen2(keys: Keys) -> ModelConfig:
     dims = dims_of(keys)
-    layers = _qwen_layers(keys, dims["head_dim"])
+    layers = qwen_layers(keys, dims["head_dim"])
     return ModelConfig(family="qwen2", layers=layers, activation=gate_activation(keys), qkv_bias=True, **dims)
 
 
@@ -112,7 +97,7 @@ def _qwen3(keys: Keys) -> ModelConfig:
     dims = dims_of(keys)
     return ModelConfig(
         family="qwen3",
-        layers=_qwen_layers(keys, dims["head_dim"]),
+        layers=qwen_layers(keys, dims["head_dim"]),
         activation=gate_activation(keys),
         qk_norm="head",
         **attention_bias(keys),
@@ -196,6 +181,9 @@ FAMILIES: dict[str, Family] = {
                       {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072}),
     "qwen2": Family(_qwen2, ("Qwen2ForCausalLM",), {**_QWEN, "max_position_embeddings": 32_768}),
     "qwen3": Family(_qwen3, ("Qwen3ForCausalLM",), {**_QWEN, "head_dim": 128, "max_position_embeddings": 32_768}),
+    "mixtral": Family(mixtral, ("MixtralForCausalLM",), MIXTRAL_DEFAULTS),
+    "qwen2_moe": Family(qwen2_moe, ("Qwen2MoeForCausalLM",), QWEN2_DEFAULTS),
+    "qwen3_moe": Family(qwen3_moe, ("Qwen3MoeForCausalLM",), QWEN3_DEFAULTS),
     "smollm3": Family(_smollm3, ("SmolLM3ForCausalLM",),
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
                        "max_position_embeddings": 32_768, "num_key_value_heads": 4}),

@@ -65,6 +65,14 @@ class Keys:
             raise self.wrong(key, f"must be an integer in 1..{limit}")
         return value
 
+    def spelling(self, *keys: str) -> str:
+        """Which of several spellings of one key is written; the first if none is. Two must agree."""
+        written = [key for key in keys if self._hf.get(key) is not None]
+        for key in written[1:]:
+            if self.value(key) != self.value(written[0]):
+                raise self.wrong(key, f"contradicts {written[0]} = {self.value(written[0])!r}")
+        return written[0] if written else keys[0]
+
     def optional_count(self, key: str) -> int | None:
         return None if self.value(key) is None else self.count(key)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from engine.errors import ModelError
-from engine.model.config import LayerSpec, ModelConfig, Rope
+from engine.model.config import Experts, LayerSpec, ModelConfig, Rope
 from engine.model.weights.checkpoint import Dtype
 
 MANIFEST = "octavo.json"
@@ -35,6 +35,8 @@ def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
         for spec in manifest.config.layers
     ]
     fields = {f.name: getattr(manifest.config, f.name) for f in dataclasses.fields(ModelConfig)}
+    if manifest.config.experts is not None:
+        fields["experts"] = dataclasses.asdict(manifest.config.experts)
     return {
         "format": "octavo",
         "version": VERSION,
@@ -58,7 +60,9 @@ def manifest_from_dict(data: Mapping[str, Any], where: str) -> Manifest:
             LayerSpec(**{**spec, "rope": None if spec["rope"] is None else ropes[spec["rope"]]})
             for spec in data["config"]["layers"]
         )
-        config = ModelConfig(**{**data["config"], "layers": layers})
+        experts = data["config"].get("experts")
+        experts = None if experts is None else Experts(**experts)
+        config = ModelConfig(**{**data["config"], "layers": layers, "experts": experts})
         return Manifest(config, data["dtype"], tuple(map(int, data["end_token_ids"])))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{where}: not a model description that this version can read: {error!r}") from error

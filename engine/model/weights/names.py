@@ -114,6 +114,41 @@ _FUSED: dict[str, Row] = {
     "gate_up": (("mlp.gate_up_proj.weight", (_gate, _up)),),
 }
 
+# An expert's tensors, and how Mixtral calls what the others call mlp, gate_proj, up_proj and down_proj.
+_EXPERT_NAMES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
+_OF_EXPERTS = ("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def _expert_row(config: ModelConfig, name: str) -> Row | None:
+    """Where the parts of a mixture of experts come from; None for other parameters."""
+    block, gate, up, down = _EXPERT_NAMES.get(config.family, _OF_EXPERTS)
+    if name == "router":
+        return ((f"{block}.gate.weight", (_transposed,)),)
+    if name == "shared_gate":
+        return ((f"{block}.shared_expert_gate.weight", (_transposed,)),)
+    if name.startswith("shared_"):
+        where = f"{block}.shared_expert."
+        rows: dict[str, Row] = {
+            "shared_gate_up": ((f"{where}{gate}.weight", (_gate,)), (f"{where}{up}.weight", (_up,))),
+            "shared_down": ((f"{where}{down}.weight", (_transposed,)),),
+        }
+        return rows[name]
+    if not name.startswith("experts_") or config.experts is None:
+        return None
+    parts: tuple[tuple[str, View], ...] = (
+        ((gate, _gate), (up, _up)) if name == "experts_gate_up" else ((down, _transposed),)
+    )
+    return tuple(
+        (f"{block}.experts.{expert}.{stored}.weight", (_of(expert, view),))
+        for expert in range(config.experts.num_experts)
+        for stored, view in parts
+    )
+
+
+def _of(expert: int, view: View) -> View:
+    return lambda array: view(array[expert])
+
+
 # What a family's layers spell differently from `_SPLIT`.
 LAYER_ROWS: dict[str, Mapping[str, Row]] = {
     "phi3": _FUSED,
@@ -143,7 +178,7 @@ def pieces(config: ModelConfig, param: str, prefix: str, head: str) -> Iterator[
         yield Piece(f"{prefix}norm.weight", (_whole,), NORM_OFFSET.get(config.family, 0.0))
     else:
         layer, name = param.removeprefix("layers.").split(".", 1)
-        row = LAYER_ROWS.get(config.family, {}).get(name) or _SPLIT[name]
+        row = LAYER_ROWS.get(config.family, {}).get(name) or _expert_row(config, name) or _SPLIT[name]
         offset = NORM_OFFSET.get(config.family, 0.0) if name.endswith("norm") else 0.0
         for stored, views in row:
             yield Piece(f"{prefix}layers.{layer}.{stored}", views, offset)
