@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from engine.errors import InvalidParam
 from engine.model.config import LayerSpec, ModelConfig
 from engine.programs import compute_of, param_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
+from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_attention.api import AttentionSpec
@@ -33,17 +34,30 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
 
 
 def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
-    compute, dtype = compute_of(model, config), config.dtype
+    compute = compute_of(model, config)
     for key in lattice(config):
         for spec in dict.fromkeys(model.layers):
             for attention in _attention_specs(model, config, spec, key):
                 yield paged_attention.choice(attention, config.target)
         tokens = key.tokens + key.rows
         yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, compute.kv), config.target)
-        for name, weight in param_shapes(model, config).items():
-            if isinstance(weight, Quantized) and name.startswith("layers.0."):
-                x = jax.ShapeDtypeStruct((tokens, weight.shape[-2]), jnp.dtype(dtype))
+        for rows, weight in _matmuls(model, config, tokens):
+            x = jax.ShapeDtypeStruct((rows, weight.shape[-2]), jnp.dtype(config.dtype))
+            if len(weight.shape) == 3:
+                sizes = jax.ShapeDtypeStruct(weight.shape[:1], jnp.int32)
+                yield grouped_matmul.choice(grouped_matmul.spec_of(x, weight, sizes), config.target)
+            else:
                 yield quantized_matmul.choice(quantized_matmul.spec_of(x, weight), config.target)
+
+
+def _matmuls(model: ModelConfig, config: EngineConfig, tokens: int) -> Iterator[tuple[int, Any]]:
+    """(rows of x, abstract weight) of the products that have kernels, each kind of weight once."""
+    weights = {name.split(".")[-1]: weight for name, weight in param_shapes(model, config).items()}
+    for name, weight in weights.items():
+        if model.experts is not None and name.startswith("experts_"):
+            yield tokens * model.experts.per_token, weight
+        elif isinstance(weight, Quantized):
+            yield tokens, weight
 
 
 def _attention_specs(

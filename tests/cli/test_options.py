@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -54,8 +55,11 @@ def test_every_option_has_a_flag_that_reaches_it() -> None:
             default = getattr(options, field.name)
             if isinstance(default, bool):
                 argv, want = [flag if not default else flag.replace("--", "--no-", 1)], not default
-            elif field.name == "dtype":
-                argv, want = [flag, "float32"], "float32"
+            elif "Literal" in str(field.type):
+                want = next(value for value in reversed(_literals(type(options), field.name)) if value != default)
+                argv = [flag, want]
+            elif "tuple[str" in str(field.type):
+                argv, want = [flag, "a=b", flag, "c=d"], ("a=b", "c=d")
             elif "str" in str(field.type):
                 argv, want = [flag, "some"], "some"
             else:
@@ -63,6 +67,12 @@ def test_every_option_has_a_flag_that_reaches_it() -> None:
             _, parsed = parse(["serve", *argv])
             got = [getattr(part, field.name) for part in parsed if hasattr(part, field.name)]
             assert got == [want], field.name
+
+
+def _literals(options: type, name: str) -> list[str]:
+    """The strings that an option of a Literal, or of a Literal or None, may take."""
+    hint = get_type_hints(options)[name]
+    return [value for part in (hint, *get_args(hint)) for value in get_args(part) or (part,) if isinstance(value, str)]
 
 
 def test_spellings_of_other_engines() -> None:

@@ -9,8 +9,10 @@ import pytest
 from engine.batch import lattice
 from engine.config import EngineConfig, EngineOptions, options_from_dict
 from engine.errors import CapacityError, InvalidParam
+from engine.kernels import kernel_choices
+from engine.programs import compute_of, page_bytes
 from engine.resolve import GIB, DeviceFacts, resolve, usable_bytes, with_pages
-from tests.engine.world import MODEL
+from tests.engine.world import MIXED, MODEL
 
 CPU = DeviceFacts("cpu", 16 * GIB, fast_bfloat16=False)
 CPU_BF16 = DeviceFacts("cpu", 16 * GIB, fast_bfloat16=True)
@@ -71,6 +73,52 @@ def test_context_is_the_models_unless_asked() -> None:
     assert resolved().max_model_len == MODEL.max_position == resolved(max_model_len=512).max_model_len
     with pytest.raises(InvalidParam, match="max_model_len: 513 is more than the model's 512"):
         resolved(max_model_len=513)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("auto", "float32"), ("int8", "int8"), ("fp8", "float8_e4m3fn"), ("fp8_e4m3", "float8_e4m3fn"),
+     ("fp8_e5m2", "float8_e5m2")],
+)  # fmt: skip
+def test_kv_cache_dtype(asked: str, expected: str) -> None:
+    config = resolved(kv_cache_dtype=asked)
+    assert config.kv_cache_dtype == expected and compute_of(MODEL, config).kv.dtype == expected
+
+
+def test_a_quantized_cache_holds_more_tokens_in_the_same_bytes() -> None:
+    """Bytes of a token: bfloat16 2 a number, 8-bit 1 and an exponent a head vector, in 16s on a CPU and 128s on a TPU."""
+    plain, packed = (page_bytes(MODEL, resolved(dtype="bfloat16", kv_cache_dtype=kind)) for kind in ("auto", "int8"))
+    numbers = 2 * MODEL.num_kv_heads * MODEL.head_dim
+    assert plain == 16 * MODEL.num_layers * 2 * numbers
+    assert packed == 16 * MODEL.num_layers * (numbers + 16)
+
+
+def test_unknown_values_are_named() -> None:
+    for name, value in (("kv_cache_dtype", "int4"), ("quantization", "int2")):
+        with pytest.raises(InvalidParam, match="must be one of") as error:
+            EngineOptions(**{name: value})
+        assert error.value.param == name
+    for text in ("kv_write", "kv_write=", "matmul=reference"):
+        with pytest.raises(InvalidParam, match="is not op=implementation"):
+            resolved(kernel=(text,))
+
+
+def test_the_choices_of_a_model_are_said_once_each() -> None:
+    lines = kernel_choices(MIXED, resolved())
+    assert len(lines) == len(set(lines))
+    for op in ("decode_attention", "prefill_attention", "kv_write", "grouped_matmul"):
+        assert any(line.startswith(f"{op}: reference") for line in lines), op
+    assert not any(line.startswith("quantized_matmul") for line in lines)
+    packed = kernel_choices(MODEL, resolved(quantization="int8"))
+    assert any(line.startswith("quantized_matmul: reference") for line in packed)
+
+
+def test_a_kernel_asked_for_by_name_is_never_replaced() -> None:
+    with pytest.raises(InvalidParam, match="asked for and declines: .*for tpu") as error:
+        kernel_choices(MODEL, resolved(kernel=("kv_write=tpu",)))
+    assert error.value.param == "kernel"
+    with pytest.raises(InvalidParam, match="kv_write"):
+        kernel_choices(MODEL, resolved(kernel=("kv_write=fastest",)))
 
 
 def pages(config: EngineConfig, wanted: int | None, page_bytes: int, used: int, device: DeviceFacts = CPU) -> int:
