@@ -86,7 +86,7 @@ def test_kv_cache_dtype(asked: str, expected: str) -> None:
 
 
 def test_a_quantized_cache_holds_more_tokens_in_the_same_bytes() -> None:
-    """Bytes of a token: bfloat16 2 a number, 8-bit 1 and an exponent a head vector, in 16s on a CPU and 128s on a TPU."""
+    """bfloat16: 2 bytes a number; 8-bit: 1, and an exponent a head vector, padded to 16 bytes on a CPU."""
     plain, packed = (page_bytes(MODEL, resolved(dtype="bfloat16", kv_cache_dtype=kind)) for kind in ("auto", "int8"))
     numbers = 2 * MODEL.num_kv_heads * MODEL.head_dim
     assert plain == 16 * MODEL.num_layers * 2 * numbers
@@ -96,7 +96,7 @@ def test_a_quantized_cache_holds_more_tokens_in_the_same_bytes() -> None:
 def test_unknown_values_are_named() -> None:
     for name, value in (("kv_cache_dtype", "int4"), ("quantization", "int2")):
         with pytest.raises(InvalidParam, match="must be one of") as error:
-            EngineOptions(**{name: value})
+            options_from_dict(EngineOptions, {name: value})
         assert error.value.param == name
     for text in ("kv_write", "kv_write=", "matmul=reference"):
         with pytest.raises(InvalidParam, match="is not op=implementation"):
@@ -114,7 +114,7 @@ def test_the_choices_of_a_model_are_said_once_each() -> None:
 
 
 def test_a_kernel_asked_for_by_name_is_never_replaced() -> None:
-    with pytest.raises(InvalidParam, match="asked for and declines: .*for tpu") as error:
+    with pytest.raises(InvalidParam, match=r"asked for and declines: .*for tpu") as error:
         kernel_choices(MODEL, resolved(kernel=("kv_write=tpu",)))
     assert error.value.param == "kernel"
     with pytest.raises(InvalidParam, match="kv_write"):
