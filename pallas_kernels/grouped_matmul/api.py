@@ -7,7 +7,7 @@ call or on where the borders between the groups fall: its sum over K has one ord
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jax import Array
 
@@ -56,8 +56,8 @@ def grouped_matmul(x: Array, w: Array | Quantized, group_sizes: Array, *, target
     return run(x, w, group_sizes, target=target)
 
 
-def spec_of(x: Array, w: Array | Quantized, group_sizes: Array) -> GroupedSpec:
-    """The call's spec, once its shapes fit together; ValueError names the numbers that do not."""
+def spec_of(x: Any, w: Any, group_sizes: Any) -> GroupedSpec:
+    """A call's spec, of arrays or abstract ones; ValueError names the numbers that do not fit together."""
     if x.ndim != 2 or len(w.shape) != 3:
         raise ValueError(f"x {x.shape} must be [tokens, K] and w {w.shape} [experts, K, N]")
     (tokens, k), (experts, rows, n) = x.shape, w.shape
