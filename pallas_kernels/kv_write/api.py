@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.kv_layout import KVLayout, pack_rows
+from pallas_kernels.kv_layout import KVLayout, check_rows, pack_rows
 from pallas_kernels.kv_write import reference, tpu
 from pallas_kernels.target import Target
 
@@ -33,15 +33,16 @@ def choice(spec: WriteSpec, target: Target) -> Choice[WriteSpec]:
 
 
 def write_kv(
-    kv_pages: Array, k: Array, v: Array, page_ids: Array, offsets: Array, *, layout: KVLayout, target: Target
+    kv_pages: Array, k: Array, v: Array | None, page_ids: Array, offsets: Array, *, layout: KVLayout, target: Target
 ) -> Array:
     """kv_pages [pages, page_size, layout.width] with k and v [tokens, kv_heads, head_dim] stored.
+
+    v is None for a latent layout, whose vector k [tokens, 1, head_dim] is both.
 
     page_ids, offsets: int32 [tokens], in range. Tokens without an owner go to the trash page;
     which of several stays there is undefined; no other place is written twice in a call.
     """
-    if k.shape != v.shape or k.shape[1:] != (layout.kv_heads, layout.head_dim):
-        raise ValueError(f"k {k.shape} and v {v.shape} do not fit {layout.kv_heads} heads of {layout.head_dim}")
+    check_rows(k, v, layout)
     if kv_pages.shape[2] != layout.width or kv_pages.dtype != layout.dtype:
         raise ValueError(
             f"pages are {kv_pages.shape[2]} wide, {kv_pages.dtype}; the layout says {layout.width}, {layout.dtype}"

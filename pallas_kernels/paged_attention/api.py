@@ -7,6 +7,9 @@ NaN included. Query head h reads KV head h // (q_heads // kv_heads). Scores are
 softcap(scale * q.k), softmax in float32; with a window, query i sees keys (i - window, i].
 sinks: float32 [q_heads], a score that each head's softmax counts beside its keys (arXiv 2309.17453
 as in gpt-oss: learned, without a value).
+
+Over a latent layout (MLA in its absorbed form, arXiv 2405.04434) every query head reads the one
+vector of a token, and the result is [tokens, q_heads, layout.value_dim].
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def decode_attention(
     window: int | None = None,
     sinks: Array | None = None,
 ) -> Array:
-    """One query a row: q [rows, q_heads, head_dim] at position kv_lens - 1; returns the same shape.
+    """One query a row: q [rows, q_heads, head_dim] at position kv_lens - 1; returns [rows, q_heads, layout.result_dim].
 
     kv_lens: int32 [rows], keys visible to the row, the query's own included; 0 marks an idle row,
     which comes back undefined but finite.
@@ -107,7 +110,7 @@ def prefill_attention(
     window: int | None = None,
     sinks: Array | None = None,
 ) -> Array:
-    """Chunks of several prompts on one token axis: q [tokens, q_heads, head_dim]; same shape out.
+    """Chunks of several prompts on one token axis: q [tokens, q_heads, head_dim]; as decode, a token a row.
 
     Row r owns tokens [q_starts[r], q_starts[r] + q_lens[r]), the first at position positions[r];
     rows are ascending and do not overlap; idle rows have q_lens 0 and come last. Keys [0, positions[r] +

@@ -6,7 +6,7 @@ Knows no arrays; a case says what a step would bring.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pallas_kernels.kv_layout import KVLayout, kv_layout
 from pallas_kernels.paged_attention.api import AttentionSpec
@@ -28,6 +28,7 @@ class Case:
     q_heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
+    value_dim: int | None = None  # of a latent cache
     page_size: int = 16
     window: int | None = None
     softcap: float | None = None
@@ -42,7 +43,7 @@ class Case:
         return len(self.lengths) if self.queries is None else sum(self.queries) + self.padding
 
     def layout(self, platform: Platform) -> KVLayout:
-        return kv_layout(self.kv_heads, self.head_dim, self.kv_dtype or self.dtype, platform)
+        return kv_layout(self.kv_heads, self.head_dim, self.kv_dtype or self.dtype, platform, self.value_dim)
 
     def spec(self, platform: Platform) -> AttentionSpec:
         """What `api.choice` sees of this call."""
@@ -61,6 +62,7 @@ class Case:
         )
 
 
+_LATENT: dict[str, Any] = {"q_heads": 8, "kv_heads": 1, "head_dim": 192, "value_dim": 128}
 # Small: every feature, sizes that an interpreter can do.
 DECODE = (
     Case(name="decode_one_key", lengths=(1,)),
@@ -85,6 +87,12 @@ DECODE = (
     Case(name="decode_int8_head_80", lengths=(40, 18), kv_dtype="int8", dtype="bfloat16", head_dim=80, page_size=32),
     Case(name="decode_e4m3_window", lengths=(70, 9, 300), kv_dtype="float8_e4m3fn", dtype="bfloat16", window=32,
          head_dim=128, page_size=32),
+    Case(name="decode_latent", lengths=(1, 33, 0, 130), **_LATENT),
+    Case(name="decode_latent_bfloat16", lengths=(40, 9), dtype="bfloat16", page_size=32, **_LATENT),
+    Case(name="decode_latent_window", lengths=(300, 5), window=40, softcap=9.0, sinks=True, **_LATENT),
+    Case(name="decode_latent_lanes", lengths=(20, 131), q_heads=3, kv_heads=1, head_dim=40, value_dim=24),
+    Case(name="decode_latent_int8", lengths=(70, 0, 9), kv_dtype="int8", page_size=32, **_LATENT),
+    Case(name="decode_latent_e4m3", lengths=(33,), kv_dtype="float8_e4m3fn", dtype="bfloat16", page_size=32, **_LATENT),
     Case(name="decode_e5m2", lengths=(33, 0, 16), kv_dtype="float8_e5m2", dtype="bfloat16", softcap=20.0, page_size=32),
 )  # fmt: skip
 PREFILL = (
@@ -105,6 +113,10 @@ PREFILL = (
     Case(name="prefill_int8", lengths=(70, 40, 0), queries=(70, 9, 0), kv_dtype="int8", padding=5, page_size=32),
     Case(name="prefill_e4m3", lengths=(64, 130), queries=(10, 130), kv_dtype="float8_e4m3fn", dtype="bfloat16",
          head_dim=128, page_size=32),
+    Case(name="prefill_latent", lengths=(7, 40, 20), queries=(7, 11, 20), padding=5, **_LATENT),
+    Case(name="prefill_latent_bfloat16", lengths=(150, 6), queries=(30, 6), dtype="bfloat16", page_size=32, **_LATENT),
+    Case(name="prefill_latent_window", lengths=(90, 14), queries=(60, 14), window=30, sinks=True, **_LATENT),
+    Case(name="prefill_latent_int8", lengths=(70, 9), queries=(20, 9), kv_dtype="int8", page_size=32, **_LATENT),
     Case(name="prefill_e5m2", lengths=(33,), queries=(33,), kv_dtype="float8_e5m2", dtype="bfloat16", page_size=32),
 )  # fmt: skip
 # Real: the shapes of models and loads that people serve. For compilers, benchmarks and tuning.

@@ -38,6 +38,8 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
         return "this JAX has no interpreter for Mosaic GPU"
     if spec.dtype != "bfloat16":
         return f"q is {spec.dtype}: wgmma keeps 10 bits of a float32's mantissa"
+    if layout.latent:
+        return f"latent pages of head_dim {layout.head_dim}: accumulators of 64 x {layout.value_dim} in one warpgroup"
     if layout.head_width % 64 or layout.head_width > 256:
         return f"head_width {layout.head_width} is not a multiple of 64 up to 256"
     tile = _tile_of(spec, target)

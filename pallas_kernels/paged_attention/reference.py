@@ -35,7 +35,7 @@ def decode(
 ) -> Array:
     """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
     rows, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], layout.kv_heads
+    page_size, kv_heads, value_dim = kv_pages.shape[1], layout.kv_heads, layout.result_dim
     group = q_heads // kv_heads
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
@@ -52,13 +52,13 @@ def decode(
         seen = (positions >= first_seen[:, None]) & (positions < kv_lens[:, None])
         kv = unpack_rows(kv_pages[pages].reshape(rows, chunk, -1), layout)
         kv = jnp.transpose(kv, (0, 2, 3, 1, 4))  # heads first, so that both products run on whole matrices
-        v = jnp.where(seen[:, None, :, None], kv[:, :, 1], 0.0)  # 0 * NaN of a stale page is NaN
+        v = jnp.where(seen[:, None, :, None], kv[:, :, -1, :, :value_dim], 0.0)  # 0 * NaN of a stale page is NaN
         scores = _product("rkgd,rkcd->rkgc", queries, kv[:, :, 0])
         state, weights = _online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
         return state[0], state[1], state[2] + _product("rkgc,rkcd->rkgd", weights, v)
 
-    state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), head_dim, sinks))
-    return _finish(state).astype(q.dtype).reshape(rows, q_heads, head_dim)
+    state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), value_dim, sinks))
+    return _finish(state).astype(q.dtype).reshape(rows, q_heads, value_dim)
 
 
 def prefill(
@@ -82,7 +82,7 @@ def prefill(
     tokens; what it writes there is overwritten by that prompt's own first block.
     """
     tokens, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], layout.kv_heads
+    page_size, kv_heads, value_dim = kv_pages.shape[1], layout.kv_heads, layout.result_dim
     group = q_heads // kv_heads
     block = min(BLOCK_QUERIES, tokens)
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
@@ -107,7 +107,7 @@ def prefill(
             kv_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
             kv = unpack_rows(kv_pages[pages].reshape(chunk, -1), layout)
             kv = jnp.transpose(kv, (1, 2, 0, 3))
-            v = jnp.where((kv_pos < kv_len)[None, :, None], kv[:, 1], 0.0)
+            v = jnp.where((kv_pos < kv_len)[None, :, None], kv[:, -1, :, :value_dim], 0.0)
             seen = (kv_pos[None, :] <= q_pos[:, None]) & (kv_pos < kv_len)[None, :]  # padding queries reach past
             if window:
                 seen &= kv_pos[None, :] > q_pos[:, None] - window
@@ -117,14 +117,15 @@ def prefill(
 
         first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
         per_query = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), block, axis=1)
-        start_state = _initial_state((kv_heads, group * block), head_dim, per_query)
+        start_state = _initial_state((kv_heads, group * block), value_dim, per_query)
         state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, start_state)
-        result = _finish(state).reshape(kv_heads, group, block, head_dim)
+        result = _finish(state).reshape(kv_heads, group, block, value_dim)
         result = jnp.transpose(result, (2, 0, 1, 3)).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
 
-    out = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, jnp.zeros_like(padded))
-    return out[:tokens].reshape(tokens, q_heads, head_dim)
+    out = jnp.zeros((*padded.shape[:-1], value_dim), q.dtype)
+    out = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, out)
+    return out[:tokens].reshape(tokens, q_heads, value_dim)
 
 
 def _online_softmax(
@@ -142,9 +143,9 @@ def _online_softmax(
     return (new_top, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None]), weights
 
 
-def _initial_state(shape: tuple[int, ...], head_dim: int, sinks: Array | None) -> State:
+def _initial_state(shape: tuple[int, ...], value_dim: int, sinks: Array | None) -> State:
     """Before any key: nothing seen, or the sink (its elements in the order of the last two dimensions of shape)."""
-    acc = jnp.zeros((*shape, head_dim), jnp.float32)
+    acc = jnp.zeros((*shape, value_dim), jnp.float32)
     if sinks is None:
         return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), acc
     top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(shape[-2:]), shape)

@@ -49,6 +49,8 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
     layout = spec.layout
     if spec.dtype not in ("float32", "bfloat16"):
         return f"queries are {spec.dtype}, not float32 or bfloat16"
+    if layout.latent:
+        return f"latent pages of head_dim {layout.head_dim}"
     if layout.head_width % 64:
         return f"head_width {layout.head_width} is not a multiple of 64"
     if layout.quantized and layout.exponent_width % LANES:

@@ -49,7 +49,7 @@ class Call:
     pages: Array  # [pages, page_size, layout.width]
     tables: np.ndarray  # int32 [rows, pages_per_seq]
     sinks: np.ndarray | None  # float32 [q_heads]
-    expected: np.ndarray  # float32 [tokens, q_heads, head_dim]; NaN for tokens of nobody
+    expected: np.ndarray  # float32 [tokens, q_heads, result_dim]; NaN for tokens of nobody
     starts: np.ndarray  # int32 [rows], first token of each row
 
     @property
@@ -68,7 +68,7 @@ class Call:
             counts = np.asarray(case.queries, np.int32)
             rows = [jnp.asarray(a) for a in (self.starts, counts, lens - counts)]
             out = call(self.q, self.pages, tables, *rows, sinks=sinks)
-        assert out.shape == self.q.shape and out.dtype == self.q.dtype
+        assert out.shape == (*self.q.shape[:2], layout.result_dim) and out.dtype == self.q.dtype
         return np.asarray(out, np.float32)
 
     def error(self) -> float:
@@ -83,10 +83,10 @@ class Call:
 def dense(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, case: Case, scale: float, sinks: np.ndarray | None
 ) -> np.ndarray:
-    """One query [q_heads, head_dim] at `position`, keys and values [keys, kv_heads, head_dim]; float64."""
+    """One query [q_heads, head_dim] at `position`, keys and values [keys, kv_heads, their size]; float64."""
     group = case.q_heads // case.kv_heads
     first = 0 if case.window is None else max(0, position - case.window + 1)
-    out = np.empty_like(q, np.float64)
+    out = np.empty((case.q_heads, v.shape[-1]))
     for head in range(case.q_heads):
         keys, values = (a[first : position + 1, head // group].astype(np.float64) for a in (k, v))
         scores = keys @ q[head].astype(np.float64) * scale
@@ -100,13 +100,17 @@ def dense(
 
 
 def stored(rows: np.ndarray, layout: KVLayout) -> np.ndarray:
-    """float64 [tokens, kv_heads, 2, head_dim] that packed rows stand for, read byte by byte."""
-    heads = 2 * layout.kv_heads
-    values = rows[:, : heads * layout.head_width].astype(np.float64)
+    """float64 [tokens, kv_heads, 2 or 1 (latent), head_dim] that packed rows stand for, read byte by byte."""
+    vectors = layout.kv_heads * (2 if layout.value_dim is None else 1)
+    cut = vectors * layout.head_width
+    values = rows[:, :cut].astype(np.float64)
     if layout.quantized:
-        exponents = rows[:, heads * layout.head_width :].view(np.int8)[:, :heads].astype(np.float64)
-        values = values * np.repeat(2.0**exponents, layout.head_width, axis=1)
-    return values.reshape(-1, layout.kv_heads, 2, layout.head_width)[..., : layout.head_dim]
+        sizes = [layout.head_width] * vectors
+        if layout.value_dim is not None:
+            sizes = [layout.value_dim, layout.head_width - layout.value_dim]
+        exponents = rows[:, cut:].view(np.int8)[:, : len(sizes)].astype(np.float64)
+        values = values * np.repeat(2.0**exponents, sizes, axis=1)
+    return values.reshape(-1, layout.kv_heads, vectors // layout.kv_heads, layout.head_width)[..., : layout.head_dim]
 
 
 def nobody(shape: tuple[int, ...], layout: KVLayout) -> np.ndarray:
@@ -116,7 +120,7 @@ def nobody(shape: tuple[int, ...], layout: KVLayout) -> np.ndarray:
         return np.full(shape, np.nan, dtype)
     rows = np.full(shape, 126, np.int8)  # as an exponent: 2**126
     values = np.int8(127) if layout.dtype == "int8" else np.asarray(np.nan, dtype).view(np.int8)
-    rows[..., : 2 * layout.kv_heads * layout.head_width] = values
+    rows[..., : layout.tail] = values
     return rows.view(dtype)
 
 
@@ -130,7 +134,8 @@ def fill(case: Case, target: Target = CPU) -> Call:
     pages = nobody((1 + sum(counts) + SPARE_PAGES, case.page_size, layout.width), layout)
     q = np.full((case.num_tokens, case.q_heads, case.head_dim), np.nan, np.float32)
     sinks = rng.normal(size=case.q_heads).astype(np.float32) + 1 if case.sinks else None
-    expected, starts, start = q.copy(), [], 0
+    expected = np.full((case.num_tokens, case.q_heads, layout.result_dim), np.nan, np.float32)
+    starts, start = [], 0
     call = Call(case, target, jnp.zeros(()), jnp.zeros(()), tables, sinks, expected, np.zeros(()))
     for row, length in enumerate(case.lengths):
         tables[row, : counts[row]] = [next(ids) for _ in range(counts[row])]
@@ -138,16 +143,17 @@ def fill(case: Case, target: Target = CPU) -> Call:
             jnp.asarray(rng.normal(size=(length, case.kv_heads, case.head_dim)), jnp.dtype(case.dtype))
             for _ in range(2)
         )
-        rows = np.asarray(pack_rows(k, v, layout))
+        rows = np.asarray(pack_rows(k, None if layout.latent else v, layout))
         for position in range(length):
             pages[tables[row, position // case.page_size], position % case.page_size] = rows[position]
         kv = stored(rows, layout)
+        keys, values = kv[:, :, 0], kv[:, :, -1, : layout.result_dim]
         count = min(length, 1) if case.queries is None else case.queries[row]
         starts.append(start)
         for i in range(count):
             at = (row if case.queries is None else start) + i
             q[at] = np.asarray(jnp.asarray(2 * rng.normal(size=q[at].shape), case.dtype), np.float32)
-            expected[at] = dense(q[at], kv[:, :, 0], kv[:, :, 1], length - count + i, case, call.scale, sinks)
+            expected[at] = dense(q[at], keys, values, length - count + i, case, call.scale, sinks)
         start += count
     call.q, call.pages = jnp.asarray(q, case.dtype), jnp.asarray(pages)
     call.starts = np.asarray(starts, np.int32)
@@ -155,9 +161,15 @@ def fill(case: Case, target: Target = CPU) -> Call:
 
 
 def swap_keys_with_values(call: Call) -> None:
-    """Breaks the input: a check that still passes checks nothing."""
+    """Breaks the input: a check that still passes checks nothing. In latent pages the value's end with the rest."""
     layout = call.case.layout(call.target.platform)
-    cut = 2 * layout.kv_heads * layout.head_width
+    cut = layout.tail
+    if layout.value_dim is not None:
+        shift = layout.head_dim - layout.value_dim
+        call.pages = call.pages.at[:, :, : layout.head_dim].set(
+            jnp.roll(call.pages[:, :, : layout.head_dim], shift, axis=2)
+        )
+        return
     heads = call.pages[:, :, :cut].reshape(*call.pages.shape[:2], layout.kv_heads, 2, -1)[:, :, :, ::-1]
     call.pages = jnp.concatenate([heads.reshape(*call.pages.shape[:2], cut), call.pages[:, :, cut:]], axis=2)
 

@@ -83,7 +83,7 @@ def test_attention_compiles_and_reads_the_pool_in_place(name: str, chip: str) ->
     function, shapes = attention(case, target)
     chosen = choice(case.spec("tpu"), target)
     if chosen.implementation.name != "tpu":
-        assert "page_size" in str(chosen)
+        assert "page_size" in str(chosen) or "latent" in str(chosen)
         return
     compiled = aot.compile_op(function, shapes, chip)
     text = aot.hlo(compiled)

@@ -38,6 +38,46 @@ def test_writes_each_token_and_nothing_else(dtype: KVDtype, platform: str) -> No
     assert got.dtype == before.dtype and got[untouched].tobytes() == np.asarray(before)[untouched].tobytes()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latents_are_one_vector_of_two_parts(dtype: KVDtype, platform: str) -> None:
+    """Each part keeps its own precision, however much larger the other is."""
+    rng = np.random.default_rng(3)
+    layout = kv_layout(1, 7, dtype, platform, value_dim=5)  # type: ignore[arg-type]
+    assert layout.tail == {"cpu": 7, "tpu": 128, "gpu": 64}[platform]
+    latent = np.asarray(rng.normal(size=(4, 1, 7)), np.float32) * np.repeat([1e-3, 1e4], [5, 2]).astype(np.float32)
+    write = jax.jit(partial(write_kv, layout=layout, target=CPU))
+    ids, offsets = jnp.asarray([1, 1, 2, 1]), jnp.asarray([0, 3, 1, 2])
+    pages = np.asarray(write(jnp.zeros((3, 4, layout.width), dtype), jnp.asarray(latent), None, ids, offsets))
+    rows = pages[[1, 1, 2, 1], [0, 3, 1, 2]]
+    got = stored(rows, layout)
+    assert got.shape == (4, 1, 1, 7)
+    for part in (slice(0, 5), slice(5, 7)):
+        wanted = latent[..., part]
+        largest = np.abs(wanted).max(axis=-1, keepdims=True)
+        assert (np.abs(got[:, :, 0, part] - wanted) <= STEP[dtype] * largest * 1.0001).all()
+    assert np.array_equal(np.asarray(unpack_rows(jnp.asarray(rows), layout), np.float64), got)
+    assert np.count_nonzero(np.any(pages.astype(np.float32), axis=-1)) == 4
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "value_dim"), [(2, 512), (1, 576), (1, 0)], ids=["two_heads", "no_rest", "no_value"]
+)
+def test_a_latent_layout_that_cannot_be_is_refused(kv_heads: int, value_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"these are {kv_heads} KV heads, value_dim {value_dim}, head_dim 576"):
+        kv_layout(kv_heads, 576, "bfloat16", value_dim=value_dim)
+
+
+def test_latents_have_no_values_and_others_do() -> None:
+    k, zeros = jnp.zeros((2, 1, 24)), jnp.zeros(2, jnp.int32)
+    latent, plain = kv_layout(1, 24, "float32", value_dim=16), kv_layout(1, 24, "float32")
+    for layout, v, message in ((latent, k, "latent layout of 24 holds its values"), (plain, None, "v is missing")):
+        with pytest.raises(ValueError, match=message):
+            write_kv(jnp.zeros((3, 4, layout.width)), k, v, zeros, zeros, layout=layout, target=CPU)
+    with pytest.raises(ValueError, match=r"k \(2, 1, 23\) and v None do not fit 1 heads of 24"):
+        write_kv(jnp.zeros((3, 4, 24)), k[..., :23], None, zeros, zeros, layout=latent, target=CPU)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reading_back_agrees_with_the_bytes(dtype: KVDtype) -> None:
     """`unpack_rows` against a byte-by-byte reading; zeros, subnormals and huge values included."""
@@ -48,6 +88,19 @@ def test_reading_back_agrees_with_the_bytes(dtype: KVDtype) -> None:
     pages = jnp.zeros((1, 8, layout.width), dtype)
     rows = write_kv(pages, k, v, jnp.zeros(8, jnp.int32), jnp.arange(8), layout=layout, target=CPU)[0]
     assert np.array_equal(np.asarray(unpack_rows(rows, layout), np.float64), stored(np.asarray(rows), layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_every_size_come_back(dtype: KVDtype) -> None:
+    """Every exponent a number can need, through a scatter and a gather: no byte of it may be taken for a NaN."""
+    layout = kv_layout(1, 1, dtype)
+    powers = np.arange(-100, 120, dtype=np.float32)
+    k = jnp.asarray(1.5 * 2.0**powers, jnp.float32).reshape(-1, 1, 1)
+    ids, offsets = jnp.arange(powers.size), jnp.zeros(powers.size, jnp.int32)
+    pages = jnp.zeros((powers.size, 1, layout.width), dtype)
+    pages = jax.jit(partial(write_kv, layout=layout, target=CPU))(pages, k, -k, ids, offsets)
+    got = np.asarray(jax.jit(lambda pages, ids: unpack_rows(pages[ids, 0], layout))(pages, ids))[:, 0, :, 0]
+    assert np.allclose(got * 2.0 ** -powers[:, None], [1.5, -1.5], rtol=STEP[dtype])
 
 
 def test_int8_stores_zero_for_what_is_not_finite() -> None:

@@ -22,6 +22,7 @@ from tests.pallas_kernels.attention_calls import TOLERANCE, fill, jitted, shift_
 
 TPU = Target("tpu", "v6e", interpret=True)
 DECLINED = {"decode_pages_of_1", "prefill_pages_of_1", "decode_int8"}  # pages of 1, and of 16 in int8
+DECLINED |= {case.name for case in CASES if case.value_dim is not None}
 OFTEN = {
     "decode_gqa_3",
     "decode_head_80",
