@@ -1,6 +1,7 @@
 """A weight kept packed: low-bit numbers with scales, one type for every backend and op.
 
 w[k, n] = values[k, n] * scales[k // group, n] (+ offsets[k // group, n]), group = K / scales.shape[-2].
+Offsets go with int4 and int8.
 Per-channel weights have one group. int4 stores two nibbles a byte, each group by itself: byte row
 j of a group holds row j in its low nibble and row j + group / 2 in its high one, so that a cut
 along K at a group's border cuts the bytes too. A nibble is 0 to 15; without offsets it stands for
@@ -68,7 +69,7 @@ def quantize(
     """A float weight [..., K, N] on the host, packed; its leaves are numpy arrays.
 
     group: rows that share a scale; None: all of them, one scale a column. The 8-bit scales map the
-    largest magnitude to the format's largest number. int4 with offsets (symmetric=False) spans
+    largest magnitude to the format's largest number. With offsets (symmetric=False) the integers span
     exactly [least, largest]. Symmetric int4 takes, for each group, the better in squared error of
     largest magnitude / 7 (nothing is cut off) and number of largest magnitude / -8 (uses all 16
     levels; ggml's Q4_0). Scales are rounded to `scale_dtype` before the numbers are.
@@ -174,8 +175,8 @@ def _check(format: str, rows: int, group: int, symmetric: bool, activations: str
         raise ValueError(f"K {rows} is not a multiple of group {group}")
     if format == "int4" and group % 2:
         raise ValueError(f"int4 packs two rows of a group in a byte, so group {group} must be even")
-    if not symmetric and format != "int4":
-        raise ValueError(f"offsets are for int4, not {format}")
+    if not symmetric and format not in ("int4", "int8"):
+        raise ValueError(f"offsets are for int4 and int8, not {format}")
     if activations not in ("float", "dynamic"):
         raise ValueError(f"activations {activations!r} is neither 'float' nor 'dynamic'")
     if activations == "dynamic" and format == "int4":
@@ -193,8 +194,8 @@ def _quantize_block(
     wide: np.ndarray, format: str, symmetric: bool, dtype: np.dtype[Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """values [K or K / 2, n], scales and offsets [groups, n] of float32 [groups, group, n]."""
-    if format == "int4" and not symmetric:
-        return _with_offsets(wide, dtype)
+    if not symmetric:
+        return _with_offsets(wide, format, dtype)
     largest, least = wide.max(axis=1), wide.min(axis=1)
     _check_finite(largest, least)
     magnitude = np.maximum(largest, -least)
@@ -229,14 +230,17 @@ def _squared_error(wide: np.ndarray, numbers: np.ndarray, scales: np.ndarray) ->
     return np.einsum("gkn,gkn->gn", error, error)
 
 
-def _with_offsets(wide: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _with_offsets(wide: np.ndarray, format: str, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     largest, least = wide.max(axis=1), wide.min(axis=1)
     _check_finite(largest, least)
-    offsets = least.astype(dtype)
-    scales = _scales((largest - offsets.astype(np.float32)) / 15, dtype)
+    low, high = (0, 15) if format == "int4" else (-128, 127)
+    offsets = (least - low * ((largest - least) / (high - low))).astype(dtype)
+    scales = _scales((largest - offsets.astype(np.float32)) / high, dtype)
     numbers = (wide - offsets.astype(np.float32)[:, None]) / scales.astype(np.float32)[:, None]
-    nibbles = np.clip(np.rint(numbers), 0, 15).astype(np.uint8)
-    return _packed(nibbles), scales, offsets
+    numbers = np.clip(np.rint(numbers), low, high)
+    if format == "int8":
+        return numbers.astype(np.int8).reshape(-1, wide.shape[-1]), scales, offsets
+    return _packed(numbers.astype(np.uint8)), scales, offsets
 
 
 def _packed(nibbles: np.ndarray) -> np.ndarray:

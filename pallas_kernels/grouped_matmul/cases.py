@@ -26,6 +26,7 @@ class Case:
     group: int | None = None  # None: per channel
     symmetric: bool = True
     activations: Activations = "float"
+    scale_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +50,7 @@ class Case:
             group=group,
             offsets=not self.symmetric,
             activations=self.activations,
+            scale_dtype=self.scale_dtype,
         )
 
 
@@ -88,6 +90,8 @@ SMALL = (
     Case(name="int4_groups_of_32", sizes=(5, 3, 0), format="int4", group=32, k=256, dtype="bfloat16"),
     Case(name="int4_groups_of_64_offsets", sizes=(0, 6, 3), format="int4", group=64, symmetric=False, k=256,
          dtype="bfloat16"),
+    Case(name="int4_groups_of_32_bf16", sizes=(0, 6, 3), format="int4", group=32, symmetric=False, k=256,
+         dtype="bfloat16", scale_dtype="bfloat16"),
     Case(name="int4_groups_of_128", sizes=(2, 0, 9), format="int4", group=128, k=256),
     Case(name="e4m3", sizes=(4, 0, 12), format="float8_e4m3fn", dtype="bfloat16"),
     Case(name="e4m3_dynamic", sizes=(2, 9), format="float8_e4m3fn", activations="dynamic", dtype="bfloat16"),

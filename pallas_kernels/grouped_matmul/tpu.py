@@ -68,8 +68,8 @@ def declines(spec: GroupedSpec, target: Target) -> str | None:
 
 
 def _declines_packed(spec: GroupedSpec) -> str | None:
-    if spec.scale_dtype != "float32":
-        return f"scales are {spec.scale_dtype}; float32 is served"
+    if spec.scale_dtype not in ("float32", "bfloat16"):
+        return f"scales are {spec.scale_dtype}; float32 and bfloat16 are served"
     if spec.group == spec.k and not spec.offsets:
         return None
     if spec.activations == "dynamic":
@@ -240,7 +240,7 @@ class _Kernel:
             def _() -> None:
                 result = total.astype(jnp.float32)
                 if scales is not None and self.scaled:
-                    result *= scales[...]
+                    result *= scales[...].astype(jnp.float32)
                 if row_scales is not None:
                     result *= row_scales[at, :]
                 store(at, index, result.astype(out.dtype))
@@ -263,15 +263,17 @@ class _Kernel:
         group = bk // self.groups
         unit = 64 if self.scaled else math.lcm(group, 64)
         piece = unit * max(1, _STEP // unit)
+        factors = None if self.scaled else scales[...].astype(jnp.float32)
+        terms = None if offsets is None else offsets[...].astype(jnp.float32)
         for start in range(0, bk, piece):
             rows = min(piece, bk - start)
             numbers = _numbers(values, start, rows, self.format)
-            if not self.scaled:
-                count, at = rows // group, pl.ds(start // group, rows // group)
+            if factors is not None:
+                count, at = rows // group, slice(start // group, (start + rows) // group)
                 parts = numbers.astype(jnp.float32).reshape(count, group, -1)
-                parts = parts if offsets is None or self.format != "int4" else parts + 8
-                parts *= scales[at, :][:, None]
-                parts = parts if offsets is None else parts + offsets[at, :][:, None]
+                parts = parts if terms is None or self.format != "int4" else parts + 8
+                parts *= factors[at][:, None]
+                parts = parts if terms is None else parts + terms[at][:, None]
                 numbers = parts.reshape(rows, -1)
             wide[pl.ds(start, rows), :] = numbers.astype(self.dtype)
 

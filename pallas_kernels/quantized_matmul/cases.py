@@ -24,6 +24,7 @@ class Case:
     symmetric: bool = True
     activations: Activations = "float"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    scale_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 SMALL = (
@@ -42,6 +43,21 @@ SMALL = (
     Case(name="int4_128_rows_70", tokens=70, k=256, n=192, format="int4", group=128),
     Case(name="int4_32_offsets", tokens=4, k=128, n=256, format="int4", group=32, symmetric=False),
     Case(name="int4_128_offsets", tokens=20, k=256, n=128, format="int4", group=128, symmetric=False),
+    Case(name="int4_32_bf16", tokens=6, k=192, n=128, format="int4", group=32, scale_dtype="bfloat16"),
+    Case(
+        name="int4_32_offsets_bf16",
+        tokens=40,
+        k=256,
+        n=128,
+        format="int4",
+        group=32,
+        symmetric=False,
+        scale_dtype="bfloat16",
+    ),
+    Case(name="int8_bf16", tokens=3, k=128, n=128, format="int8", scale_dtype="bfloat16"),
+    Case(name="int8_32", tokens=5, k=192, n=128, format="int8", group=32),
+    Case(name="int8_32_offsets", tokens=5, k=128, n=128, format="int8", group=32, symmetric=False),
+    Case(name="int8_16_offsets", tokens=5, k=128, n=128, format="int8", group=16, symmetric=False),
     Case(name="e4m3", tokens=5, k=256, n=128, format="float8_e4m3fn"),
     Case(name="e4m3_dynamic", tokens=5, k=256, n=128, format="float8_e4m3fn", activations="dynamic"),
     Case(name="e5m2", tokens=5, k=128, n=128, format="float8_e5m2"),
@@ -61,10 +77,12 @@ _LAYERS = (
 )
 _KINDS: tuple[tuple[str, WeightFormat, int | None, bool, Activations], ...] = (
     ("int8", "int8", None, True, "float"),
+    ("int8_32", "int8", 32, True, "float"),  # GGUF's Q8_0
+    ("int8_16", "int8", 16, True, "float"),  # Q6_K
     ("int8_dynamic", "int8", None, True, "dynamic"),
     ("int4_128", "int4", 128, True, "float"),
     ("int4_64", "int4", 64, True, "float"),
-    ("int4_32_offsets", "int4", 32, False, "float"),
+    ("int4_32_offsets", "int4", 32, False, "float"),  # Q4_1, Q4_K
     ("e4m3", "float8_e4m3fn", None, True, "float"),
     ("e4m3_dynamic", "float8_e4m3fn", None, True, "dynamic"),
 )

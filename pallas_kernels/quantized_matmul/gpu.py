@@ -69,16 +69,16 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
         return "this JAX has no interpreter of Mosaic GPU kernels"
     if spec.dtype != "bfloat16":
         return f"x is {spec.dtype}; bfloat16 is served"
-    if spec.scale_dtype != "float32":
-        return f"scales are {spec.scale_dtype}; float32 is served"
+    if spec.scale_dtype not in ("float32", "bfloat16"):
+        return f"scales are {spec.scale_dtype}; float32 and bfloat16 are served"
     if spec.tokens > _MOST_TOKENS:
         return f"{spec.tokens} tokens are over {_MOST_TOKENS}: every {_BLOCK_TOKENS} would dequantize the weight anew"
     if spec.n % 64 or spec.k % 64:
         return f"K {spec.k} and N {spec.n} must be multiples of 64"
     if spec.format == "int4" and spec.group not in (32, 64, 128):
         return f"int4 in groups of {spec.group}; 32, 64 and 128 are served"
-    if spec.format != "int4" and spec.group not in (spec.k, 64, 128):
-        return f"{spec.format} in groups of {spec.group}; 64, 128 and one a column are served"
+    if spec.format != "int4" and spec.group not in (spec.k, 32, 64, 128):
+        return f"{spec.format} in groups of {spec.group}; 32, 64, 128 and one a column are served"
     return None
 
 
@@ -98,7 +98,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     if w.offsets is not None:
         groups = w.scales.shape[0]
         row_sums = jnp.sum(x.astype(jnp.float32).reshape(tokens, groups, -1), axis=2)
-        out += jnp.dot(row_sums, w.offsets, precision=lax.Precision.HIGHEST)
+        out += jnp.dot(row_sums, w.offsets.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     return (out if row_scales is None else out * row_scales).astype(x.dtype)
 
 
@@ -221,12 +221,12 @@ def _store(ref: Any, value: Array) -> None:
 def _spread(scales_ref: Any, b: Blocks) -> Array:
     """float32 [bn, bt] of a group's scales [bn]."""
     scales = plgpu.load(scales_ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    return lax.broadcast_in_dim(scales, (b.bn, b.bt), [0])
+    return lax.broadcast_in_dim(scales.astype(jnp.float32), (b.bn, b.bt), [0])
 
 
 def _depth(w: _Static, b: Blocks) -> int:
     """Rows of the weight in one left operand: a swizzle's width of x's columns, within half a group of int4."""
-    return min(64, w.group // 2) if w.format == "int4" else 64
+    return min(64, w.group // 2 if w.format == "int4" else w.group)
 
 
 def _tiled(columns: int, bits: int) -> tuple[Any, ...]:

@@ -61,12 +61,13 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
         return reason
     if spec.dtype not in ("float32", "bfloat16"):
         return f"x is {spec.dtype}; bfloat16 and float32 are served"
-    if spec.scale_dtype != "float32":
-        return f"scales are {spec.scale_dtype}; float32 is served"
+    if spec.scale_dtype not in ("float32", "bfloat16"):
+        return f"scales are {spec.scale_dtype}; float32 and bfloat16 are served"
     if spec.k % 64:
         return f"K {spec.k} is not a multiple of 64"
-    if spec.group != spec.k and spec.group % 32:
-        return f"group {spec.group} is not a multiple of 32"
+    rows = 32 if spec.format == "int4" else 16
+    if spec.group != spec.k and spec.group % rows:
+        return f"group {spec.group} is not a multiple of {rows}"
     if spec.k % _unit(spec.k, spec.group) and spec.k > _MOST_ROWS:
         return f"K {spec.k} is over {_MOST_ROWS} and not a multiple of {_unit(spec.k, spec.group)}"
     return None
@@ -166,8 +167,8 @@ def _vmem_limit(target: Target) -> int:
 
 
 def _scales_sums(bm: int, groups: int, group: int, offsets: bool) -> bool:
-    """Whether a group's sum is scaled and not its weights."""
-    return groups > 1 and not offsets and 2 * bm <= group
+    """Whether a group's sum is scaled and not its weights. 8-bit rows are read 32 at a time."""
+    return groups > 1 and not offsets and 2 * bm <= group and group % 32 == 0
 
 
 def _meet_packed(bm: int, w: Quantized, target: Target) -> bool:
@@ -209,15 +210,17 @@ def _kernel(x_ref: Any, values_ref: Any, scales_ref: Any, *rest: Any, w: _Static
     step = w.group if at_sums else _step(bk, w)
     # A whole x in VMEM is indexed by the block, a cut one starts with it.
     base = 0 if x_ref.shape[1] == bk else pl.multiple_of(index * bk, _LANES)
+    scales = scales_ref[...].astype(jnp.float32)
+    offsets = offsets_ref[...].astype(jnp.float32) if offsets_ref is not None else None
     total = None
     for start in range(0, bk, step):
         left = _columns(x_ref, base, start, step, bk)
         right = _numbers(values_ref, start, step, w)
         if not per_channel and not at_sums:
-            right = _scaled(right, scales_ref, offsets_ref, start, w)
+            right = _scaled(right, scales, offsets, start, w)
         part = _dot(left, right)
         if at_sums:
-            part = part.astype(jnp.float32) * scales_ref[pl.ds(start // w.group, 1), :]
+            part = part.astype(jnp.float32) * scales[start // w.group : start // w.group + 1]
         total = part if total is None else total + part
     acc_ref[...] += total
 
@@ -225,7 +228,7 @@ def _kernel(x_ref: Any, values_ref: Any, scales_ref: Any, *rest: Any, w: _Static
     def _() -> None:
         out = acc_ref[...].astype(jnp.float32)
         if per_channel:
-            out *= scales_ref[...]
+            out *= scales
         if extra:
             out *= extra[0][...]
         out_ref[...] = out.astype(out_ref.dtype)
@@ -251,17 +254,18 @@ def _numbers(values_ref: Any, start: int, step: int, w: _Static) -> Array:
     return pltpu.bitcast(words ^ _EIGHTS, jnp.int4)
 
 
-def _scaled(numbers: Array, scales_ref: Any, offsets_ref: Any, start: int, w: _Static) -> Array:
+def _scaled(numbers: Array, scales: Array, offsets: Array | None, start: int, w: _Static) -> Array:
     """float32 [step, bn] weights; the step is whole groups or lies within one."""
     rows, columns = numbers.shape
     wide = numbers.astype(jnp.float32)
     count = max(1, rows // w.group)
-    at = pl.ds(start // w.group, count)
+    at = slice(start // w.group, start // w.group + count)
     wide = wide.reshape(count, rows // count, columns)
-    if offsets_ref is not None:
-        wide = (wide + 8) * scales_ref[at, :][:, None] + offsets_ref[at, :][:, None]
-    else:
-        wide *= scales_ref[at, :][:, None]
+    if offsets is not None and w.int4:
+        wide += 8
+    wide *= scales[at][:, None]
+    if offsets is not None:
+        wide += offsets[at][:, None]
     return wide.reshape(rows, columns)
 
 

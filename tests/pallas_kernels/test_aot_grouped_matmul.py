@@ -41,7 +41,8 @@ def inputs(case: Case) -> tuple[Any, Any, Any]:
     if case.format == "none":
         w = jax.ShapeDtypeStruct(shape, dtype)
     else:
-        w = quantized_shape(shape, case.format, case.group, case.symmetric, case.activations)
+        how = (case.format, case.group, case.symmetric, case.activations, jnp.dtype(case.scale_dtype))
+        w = quantized_shape(shape, *how)
     x = jax.ShapeDtypeStruct((case.num_tokens, case.k), dtype)
     return x, w, jax.ShapeDtypeStruct((len(case.sizes),), jnp.int32)
 

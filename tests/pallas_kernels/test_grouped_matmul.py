@@ -39,6 +39,7 @@ SHORT = {
     "int8",
     "int8_dynamic",
     "int4_groups_of_64_offsets",
+    "int4_groups_of_32_bf16",
     "e4m3",
     "k_in_steps",
 }
@@ -96,7 +97,8 @@ def weights(case: Case, rng: np.random.Generator, idle: np.ndarray) -> tuple[Any
         dense[idle] = np.nan
         w = jnp.asarray(dense, case.dtype)
         return w, np.asarray(w, np.float64)
-    packed = quantize(dense, case.format, case.group, case.symmetric, case.activations)
+    how = (case.format, case.group, case.symmetric, case.activations, jnp.dtype(case.scale_dtype))
+    packed = quantize(dense, *how)
     packed.scales[idle] = np.nan  # type: ignore[index]
     return jax.tree.map(jnp.asarray, packed), np.asarray(dequantize(packed), np.float64)
 

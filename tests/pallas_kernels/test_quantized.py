@@ -22,6 +22,7 @@ from pallas_kernels.quantized import (
 KINDS: dict[str, dict[str, Any]] = {
     "int8": {"format": "int8"},
     "int8 grouped": {"format": "int8", "group": 64},
+    "int8 32 offsets": {"format": "int8", "group": 32, "symmetric": False},
     "int4 32": {"format": "int4", "group": 32},
     "int4 64": {"format": "int4", "group": 64},
     "int4 128": {"format": "int4", "group": 128},
@@ -175,7 +176,7 @@ def test_every_float8_is_decoded(dtype: Any) -> None:
         ({"format": "int4", "group": 48}, "K 256 is not a multiple of group 48"),
         ({"format": "int4", "group": 1}, "group 1 must be even"),
         ({"format": "int3"}, "int3"),
-        ({"format": "int8", "symmetric": False}, "offsets are for int4, not int8"),
+        ({"format": "float8_e4m3fn", "symmetric": False}, "offsets are for int4 and int8, not float8"),
         ({"format": "int8", "activations": "static"}, "static"),
         ({"format": "int4", "group": 32, "activations": "dynamic"}, "8-bit"),
         ({"format": "int8", "scale_dtype": np.float64}, "float64"),

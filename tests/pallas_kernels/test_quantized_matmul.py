@@ -29,7 +29,7 @@ TARGETS = {
     "tpu_7x": Target("tpu", "tpu7x", (("quantized_matmul", "tpu"),), interpret=True),
     "gpu": Target("gpu", "h200", (("quantized_matmul", "gpu"),), interpret=True),
 }
-QUICK_ON_GPU = ("int8", "int8_grouped", "int4_32", "int4_64", "int4_32_offsets", "e4m3_dynamic")
+QUICK_ON_GPU = ("int8", "int8_grouped", "int4_32", "int4_64", "int4_32_offsets_bf16", "e4m3_dynamic", "int8_32")
 
 
 @dataclass
@@ -69,8 +69,8 @@ def filled(case: Case) -> Call:
     w = rng.standard_normal((case.k, case.n)) * np.exp2(rng.integers(-3, 4, (1, case.n)))
     if case.group:
         w *= np.repeat(np.exp2(rng.integers(-2, 3, case.k // case.group)), case.group)[:, None]
-    w = quantize(w.astype(np.float32), case.format, case.group, case.symmetric, case.activations)
-    return Call(case, x, w)
+    kind = (case.format, case.group, case.symmetric, case.activations, jnp.dtype(case.scale_dtype))
+    return Call(case, x, quantize(w.astype(np.float32), *kind))
 
 
 def error(call: Call, out: np.ndarray) -> float:
@@ -152,9 +152,8 @@ def test_a_large_weight_is_never_wide_as_a_whole(name: str) -> None:
 
 
 def spec_of(case: Case) -> MatmulSpec:
-    return MatmulSpec(
-        case.tokens, case.k, case.n, case.dtype, case.format, case.group or case.k, not case.symmetric, case.activations
-    )
+    how = (case.format, case.group or case.k, not case.symmetric, case.activations, case.scale_dtype)
+    return MatmulSpec(case.tokens, case.k, case.n, case.dtype, *how)
 
 
 @pytest.mark.parametrize("chip", [*AOT_CHIPS["tpu"], *AOT_CHIPS["gpu"]])
@@ -183,12 +182,13 @@ def test_computed_blocks_divide_and_fit(chip: str) -> None:
         ({}, "gpu", "h900", "'h900'"),
         ({"k": 96, "group": 96}, "tpu", "v5e", "K 96"),
         ({"k": 96, "group": 48}, "gpu", "h100", "K 96"),
-        ({"group": 16}, "tpu", "v5e", "group 16"),
+        ({"group": 8}, "tpu", "v5e", "group 8"),
+        ({"format": "int4", "group": 16}, "tpu", "v5e", "group 16"),
         ({"group": 16}, "gpu", "h100", "groups of 16"),
         ({"dtype": "float16"}, "tpu", "v5e", "float16"),
         ({"dtype": "float16"}, "gpu", "h100", "float16"),
-        ({"scale_dtype": "bfloat16"}, "tpu", "v5e", "bfloat16"),
-        ({"scale_dtype": "bfloat16"}, "gpu", "h100", "bfloat16"),
+        ({"scale_dtype": "float16"}, "tpu", "v5e", "float16"),
+        ({"scale_dtype": "float16"}, "gpu", "h100", "float16"),
         ({"tokens": 4096}, "gpu", "h100", "4096 tokens"),
         ({"n": 100}, "gpu", "h100", "N 100"),
         ({"k": 65600, "group": 65600}, "tpu", "v5e", "K 65600"),
