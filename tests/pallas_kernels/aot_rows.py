@@ -3,20 +3,19 @@
     python -m pytest -p tests.pallas_kernels.aot_rows -m aot --aot-rows rows.jsonl
 
 Lines are appended as tests end, so that a run that is cut short has told what it did;
-`benchmarks/aot_table.py` makes docs/aot.md of them.
+`benchmarks/aot_table.py` makes docs/aot.md of them. It imports no JAX before tests/conftest.py has set it up.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.pallas_kernels import aot
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     report = yield
     if call.when == "setup":
-        aot.NOTES.clear()
+        notes().clear()
     file: Path | None = item.config.getoption("--aot-rows")
     if file is not None and call.when == "call" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -36,12 +35,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def notes() -> list[Any]:
+    """What `aot.compile_op` noted, if a test has imported it."""
+    return getattr(sys.modules.get("tests.pallas_kernels.aot"), "NOTES", [])
+
+
 def row(item: pytest.Function, report: pytest.TestReport) -> dict[str, Any]:
     """op, chip, case, outcome, and the last compilation's figures if there was one."""
     params = item.callspec.params
     chip = params.get("chip")
     case = params.get("name") or getattr(params.get("case"), "name", None)
-    note = aot.NOTES[-1] if aot.NOTES else None
+    note = notes()[-1] if notes() else None
     return {
         "op": op_of(item),
         "chip": chip,
