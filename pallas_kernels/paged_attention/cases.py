@@ -63,6 +63,7 @@ class Case:
 
 
 _LATENT: dict[str, Any] = {"q_heads": 8, "kv_heads": 1, "head_dim": 192, "value_dim": 128}
+_LATENT_128: dict[str, Any] = {**_LATENT, "q_heads": 128}
 # Small: every feature, sizes that an interpreter can do.
 DECODE = (
     Case(name="decode_one_key", lengths=(1,)),
@@ -115,6 +116,8 @@ PREFILL = (
          head_dim=128, page_size=32),
     Case(name="prefill_latent", lengths=(7, 40, 20), queries=(7, 11, 20), padding=5, **_LATENT),
     Case(name="prefill_latent_bfloat16", lengths=(150, 6), queries=(30, 6), dtype="bfloat16", page_size=32, **_LATENT),
+    Case(name="prefill_latent_128_heads", lengths=(5, 20), queries=(5, 7), padding=2, dtype="bfloat16",
+         **_LATENT_128),
     Case(name="prefill_latent_window", lengths=(90, 14), queries=(60, 14), window=30, sinks=True, **_LATENT),
     Case(name="prefill_latent_int8", lengths=(70, 9), queries=(20, 9), kv_dtype="int8", page_size=32, **_LATENT),
     Case(name="prefill_e5m2", lengths=(33,), queries=(33,), kv_dtype="float8_e5m2", dtype="bfloat16", page_size=32),
@@ -128,6 +131,10 @@ _GEMMA3_27B = {**_LLAMA_8B, "kv_heads": 16, "window": 1024}
 _GPT_OSS = {**_LLAMA_8B, "q_heads": 64, "head_dim": 64, "window": 128, "sinks": True}
 _PHI3 = {**_LLAMA_8B, "kv_heads": 32, "head_dim": 96}
 _GEMMA2_9B = {**_LLAMA_8B, "q_heads": 16, "head_dim": 256, "softcap": 50.0}
+# Multi-head latent attention in its absorbed form: a latent of 512 and a rotary key of 64.
+_DEEPSEEK_V3: dict[str, Any] = {"q_heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "page_size": 32,
+                                "dtype": "bfloat16"}  # fmt: skip
+_DEEPSEEK_V2_LITE: dict[str, Any] = {**_DEEPSEEK_V3, "q_heads": 16}
 REAL = (
     Case(name="smollm2_decode_32x1k", lengths=(1024,) * 32, **_SMOLLM2),
     Case(name="smollm2_prefill_2k", lengths=(2048,), queries=(2048,), **_SMOLLM2),
@@ -151,5 +158,10 @@ REAL = (
     Case(name="gpt_oss_decode_32x4k_sinks", lengths=(4096,) * 32, **_GPT_OSS),
     Case(name="gpt_oss_prefill_4k_sinks", lengths=(4096,), queries=(4096,), **_GPT_OSS),
     Case(name="phi3_decode_16x2k_head_96", lengths=(2048,) * 16, **_PHI3),
+    Case(name="deepseek_v3_decode_32x4k", lengths=(4096,) * 32, **_DEEPSEEK_V3),
+    Case(name="deepseek_v3_decode_32x4k_int8", lengths=(4096,) * 32, kv_dtype="int8", **_DEEPSEEK_V3),
+    Case(name="deepseek_v3_prefill_512_of_4k", lengths=(4096,), queries=(512,), **_DEEPSEEK_V3),
+    Case(name="deepseek_v2_lite_decode_32x4k", lengths=(4096,) * 32, **_DEEPSEEK_V2_LITE),
+    Case(name="deepseek_v2_lite_prefill_512_of_4k", lengths=(4096,), queries=(512,), **_DEEPSEEK_V2_LITE),
 )  # fmt: skip
 CASES = DECODE + PREFILL

@@ -4,7 +4,8 @@ The kernel's grid walks items: a block of queries times one row's keys. Decode h
 in prefill the prompts that share a block of the token axis are consecutive items of it.
 The matrix unit wants many rows: query heads of several KV heads are stacked in a band, zero where
 another head's keys are multiplied. A head of 64 lanes shares its tile with its value: the query
-is padded with zeros, and the result is the upper half.
+is padded with zeros, and the result is the upper half. A latent (MLA) is key and value at once: all
+query heads are one band, and the second product reads the first lanes of the same buffer.
 
 After Flash Attention (arXiv 2205.14135) and JAX's `ragged_paged_attention` (Apache-2.0); how it
 differs from the latter is in docs/kernels/paged_attention_tpu.md.
@@ -49,8 +50,8 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
     layout = spec.layout
     if spec.dtype not in ("float32", "bfloat16"):
         return f"queries are {spec.dtype}, not float32 or bfloat16"
-    if layout.latent:
-        return f"latent pages of head_dim {layout.head_dim}"
+    if layout.value_dim is not None and (layout.value_dim % LANES or layout.head_width % LANES):
+        return f"latents of {layout.head_width} lanes, {layout.value_dim} of them the value: not multiples of {LANES}"
     if layout.head_width % 64:
         return f"head_width {layout.head_width} is not a multiple of 64"
     if layout.quantized and layout.exponent_width % LANES:
@@ -120,7 +121,7 @@ def decode(
     maths = Maths(scale, softcap, window, sinks is not None)
     out = attend(items, block_tables, bands, kv_pages, sinks, shape, maths, target)
     out = out[:, :, : shape.band_heads * shape.group, _value_lanes(shape)]
-    return out.reshape(rows, -1, head_dim)[:, :q_heads]
+    return out.reshape(rows, -1, layout.result_dim)[:, :q_heads]
 
 
 def prefill(
@@ -152,8 +153,8 @@ def prefill(
         sinks = jnp.repeat(sinks.astype(jnp.float32), block).reshape(layout.kv_heads, shape.rows, 1)
     maths = Maths(scale, softcap, window, sinks is not None)
     out = attend(items, block_tables, bands, kv_pages, sinks, shape, maths, target)
-    out = out[..., _value_lanes(shape)].reshape(blocks, layout.kv_heads, group, block, head_dim)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(blocks * block, q_heads, head_dim)[:tokens]
+    out = out[..., _value_lanes(shape)].reshape(blocks, layout.kv_heads, group, block, -1)
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(blocks * block, q_heads, -1)[:tokens]
 
 
 def prefill_items(
@@ -190,4 +191,4 @@ def _items(*columns: Array) -> Array:
 
 def _value_lanes(shape: Shape) -> slice:
     start = shape.layout.head_width if shape.shared_tile else 0
-    return slice(start, start + shape.layout.head_dim)
+    return slice(start, start + shape.layout.result_dim)

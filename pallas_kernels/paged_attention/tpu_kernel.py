@@ -46,10 +46,10 @@ class Refs(NamedTuple):
     q: Any  # VMEM [1, bands, rows, lanes]
     pages: Any  # HBM [pages, page_size, width]
     sinks: Any  # VMEM float32 [bands, rows, 1]
-    out: Any  # VMEM [1, bands, rows, lanes]
+    out: Any  # VMEM [1, bands, rows, value_lanes]
     buffer: Any  # VMEM [2, chunk_pages, page_size, width]
     arrived: Any  # DMA semaphores [2]
-    values: Any  # VMEM float32 [bands, rows, lanes], weighted
+    values: Any  # VMEM float32 [bands, rows, value_lanes], weighted
     top: Any  # VMEM float32 [bands, rows, LANES], highest score
     total: Any  # VMEM float32 [bands, rows, LANES], sum of weights
     slot: Any  # SMEM int32 [1], half of the buffer that the item's first chunk goes to
@@ -68,7 +68,7 @@ def attend(
     maths: Maths,
     target: Target,
 ) -> Array:
-    """The result [blocks, bands, rows, lanes] of q, the same shape; see `Refs` for the operands."""
+    """The result [blocks, bands, rows, value_lanes] of q [blocks, bands, rows, lanes]; see `Refs` for the operands."""
     num_items = items.shape[0] // FIELDS
     if sinks is None:
         sinks = jnp.zeros((1, 1, 1), jnp.float32)
@@ -85,7 +85,7 @@ def attend(
         return items_ref[i * FIELDS + BLOCK], 0, 0, 0
 
     table = (1, 1, block_tables.shape[1])
-    block = pl.BlockSpec((1, *q.shape[1:]), block_of)
+    result = (*q.shape[:-1], shape.value_lanes)
     call = pl.pallas_call(
         partial(_kernel, shape, maths),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -94,21 +94,21 @@ def attend(
             in_specs=[
                 pl.BlockSpec(table, table_of, memory_space=pltpu.SMEM),
                 pl.BlockSpec(table, next_table_of, memory_space=pltpu.SMEM),
-                block,
+                pl.BlockSpec((1, *q.shape[1:]), block_of),
                 pl.BlockSpec(memory_space=pltpu.HBM),
                 pl.BlockSpec(sinks.shape, lambda i, items_ref: (0, 0, 0)),
             ],
-            out_specs=block,
+            out_specs=pl.BlockSpec((1, *result[1:]), block_of),
             scratch_shapes=[
                 pltpu.VMEM((2, shape.chunk_pages, shape.page_size, shape.layout.width), kv_pages.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.VMEM((*state, shape.lanes), jnp.float32),
+                pltpu.VMEM((*state, shape.value_lanes), jnp.float32),
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(result, q.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=_vmem_limit(shape, maths, target)
         ),
@@ -248,6 +248,8 @@ def _fold(shape: Shape, maths: Maths, refs: Refs, item: Array, slot: Array, posi
 
     def scales(band: int, value: int) -> Array:
         """Powers of two of the band's keys (0) or values (1), float32 [1 or rows, chunk]."""
+        if shape.layout.latent:  # the value's
+            return _power_of_two(exponents, 0)
         result = _power_of_two(exponents, 2 * shape.heads(band)[0] + value)
         for head in shape.heads(band)[1:]:
             power = _power_of_two(exponents, 2 * head + value)
@@ -256,11 +258,14 @@ def _fold(shape: Shape, maths: Maths, refs: Refs, item: Array, slot: Array, posi
 
     for band in range(shape.bands):
         q = refs.q[0, band]
-        scores = jnp.zeros((shape.rows, shape.chunk), jnp.float32)
-        for head in shape.heads(band):
-            scores += _product(of_head(q, head, band), _lanes(shape, refs, slot, head, 0, q.dtype), 1)
+        if shape.layout.latent:
+            scores = _latent_scores(shape, q, _lanes(shape, refs, slot, 0, 0, q.dtype), exponents)
+        else:
+            scores = jnp.zeros((shape.rows, shape.chunk), jnp.float32)
+            for head in shape.heads(band):
+                scores += _product(of_head(q, head, band), _lanes(shape, refs, slot, head, 0, q.dtype), 1)
         scores = scores * maths.scale
-        if exponents is not None:
+        if exponents is not None and not shape.layout.latent:
             scores = scores * scales(band, 0)
         if maths.softcap is not None:
             scores = maths.softcap * jnp.tanh(scores / maths.softcap)
@@ -283,21 +288,29 @@ def _fold(shape: Shape, maths: Maths, refs: Refs, item: Array, slot: Array, posi
 
 
 def _lanes(shape: Shape, refs: Refs, slot: Array, head: int, value: int, dtype: Any) -> Array:
-    """A head's keys (0) or values (1) of the chunk, [chunk, lanes]; both where they share a tile."""
-    width = shape.layout.head_width
-    start = 2 * head * width + (0 if shape.shared_tile else value * width)
-    stored = refs.buffer[slot, :, :, start : start + shape.lanes].reshape(shape.chunk, shape.lanes)
+    """A head's keys (0) or values (1) of the chunk, [chunk, lanes]; both where they share a tile or lanes."""
+    width, lanes = shape.layout.head_width, shape.value_lanes if value else shape.lanes
+    start = 2 * head * width + (0 if shape.shared_tile or shape.layout.latent else value * width)
+    stored = refs.buffer[slot, :, :, start : start + lanes].reshape(shape.chunk, lanes)
     return stored.astype(jnp.float32).astype(dtype) if shape.layout.quantized else stored
 
 
+def _latent_scores(shape: Shape, q: Array, keys: Array, exponents: Array | None) -> Array:
+    """q.k of latents, float32 [rows, chunk]; quantized, each part counts by its own power of two."""
+    if exponents is None:
+        return _product(q, keys, 1)
+    cut = shape.value_lanes
+    value, rest = (_product(q[:, lanes], keys[:, lanes], 1) for lanes in (slice(cut), slice(cut, None)))
+    return value * _power_of_two(exponents, 0) + rest * _power_of_two(exponents, 1)
+
+
 def _exponents(shape: Shape, refs: Refs, slot: Array) -> Array:
-    """Exponents of the chunk's vectors, float32 [vectors, chunk]: transposed by an exact product with one-hots."""
+    """The chunk's exponents, float32 [exponents, chunk]: transposed by an exact product with one-hots."""
     layout = shape.layout
-    start = 2 * layout.kv_heads * layout.head_width
-    stored = refs.buffer[slot, :, :, start:].reshape(shape.chunk, layout.exponent_width)
+    stored = refs.buffer[slot, :, :, layout.tail :].reshape(shape.chunk, layout.exponent_width)
     if layout.dtype != "int8":
         stored = pltpu.bitcast(stored, jnp.int8)
-    one_hot = (-(-2 * layout.kv_heads // 16) * 16, layout.exponent_width)
+    one_hot = (-(-layout.exponents // 16) * 16, layout.exponent_width)
     eye = lax.broadcasted_iota(jnp.int32, one_hot, 0) == lax.broadcasted_iota(jnp.int32, one_hot, 1)
     eye = jnp.where(eye, 1.0, 0.0).astype(jnp.bfloat16)
     return _product(eye, stored.astype(jnp.float32).astype(jnp.bfloat16), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,11 @@ class Shape:
         """Width of the operands: a head's key or value, or both where they share a tile."""
         return self.layout.head_width * (2 if self.shared_tile else 1)
 
+    @property
+    def value_lanes(self) -> int:
+        """Width of the result: a latent's first lanes are its value."""
+        return self.lanes if self.layout.value_dim is None else self.layout.value_dim
+
     def page_of(self, position: Array) -> Array:
         """Shifts: division of a traced integer takes its sign, which lowers only where the chip is known."""
         return position >> log2(self.page_size)
@@ -69,8 +75,8 @@ class Shape:
         """What a call names: page buffers, blocks of q and result (twice), softmax state, sinks."""
         rows = self.bands * self.rows
         pages = 2 * self.chunk * self.layout.token_bytes
-        blocks = 2 * 2 * rows * self.lanes * jnp.dtype(self.dtype).itemsize
-        state = rows * (self.lanes + 2 * LANES) * 4
+        blocks = 2 * rows * (self.lanes + self.value_lanes) * jnp.dtype(self.dtype).itemsize
+        state = rows * (self.value_lanes + 2 * LANES) * 4
         return pages + blocks + state + (rows * LANES * 4 * 2 if sinks else 0)
 
 
@@ -129,10 +135,15 @@ def chunk_tokens(layout: KVLayout, target: Target) -> int:
 
 
 def block_tokens(sizes: Sizes) -> int:
-    """Tokens of a prefill block: 512 rows a band, at most 128 tokens, and 8 MiB of weighted values for all heads."""
+    """Tokens of a prefill block: 512 rows a band, at most 128 tokens, and 8 MiB of weighted values for all heads.
+
+    All query heads of a latent layout are one band: 128 of them fill it with 4 tokens.
+    """
     layout, width = sizes.layout, up(sizes.layout.head_width, LANES)
     most = (512 * layout.kv_heads // sizes.q_heads, (8 << 20) // (4 * sizes.q_heads * width), 2 * sizes.tokens - 1)
-    return max(_power_below(min(*most, 128)), 8 * PACKING[sizes.dtype])
+    tile = 8 * PACKING[sizes.dtype]
+    least = tile // math.gcd(sizes.q_heads, tile) if layout.latent else tile
+    return max(_power_below(min(*most, 128)), least)
 
 
 def up(number: int, multiple: int) -> int:

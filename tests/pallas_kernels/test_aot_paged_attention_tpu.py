@@ -6,6 +6,7 @@ The short set compiles for v6e; `-m "aot and slow"` compiles every case for ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ OFTEN = {
     "llama8b_decode_64x1k_int8",
     "llama8b_prefill_1k",
     "gpt_oss_decode_32x4k_sinks",
+    "deepseek_v3_decode_32x4k",
+    "deepseek_v2_lite_prefill_512_of_4k",
 }
 WRITES: dict[str, tuple[KVDtype, int, int]] = {  # dtype, tokens, KV heads of 128
     "decode_bfloat16": ("bfloat16", 64, 8),
@@ -56,9 +59,13 @@ def everywhere(names: Iterable[str], often: set[str]) -> list[Any]:
     ]
 
 
-def attention(case: Case, target: Target) -> tuple[Callable[..., Array], list[jax.ShapeDtypeStruct]]:
+def attention(
+    case: Case, target: Target, pages: int | None = None
+) -> tuple[Callable[..., Array], list[jax.ShapeDtypeStruct]]:
     spec = case.spec("tpu")
-    pages = max(64, 4 * sum(-(-n // case.page_size) for n in case.lengths))  # a pool is more than one call's pages
+    pages = pages or max(
+        64, 4 * sum(-(-n // case.page_size) for n in case.lengths)
+    )  # a pool is more than one call's pages
     rows = jax.ShapeDtypeStruct((spec.rows,), jnp.int32)
     shapes = [
         jax.ShapeDtypeStruct((spec.tokens, spec.q_heads, case.head_dim), case.dtype),
@@ -83,7 +90,7 @@ def test_attention_compiles_and_reads_the_pool_in_place(name: str, chip: str) ->
     function, shapes = attention(case, target)
     chosen = choice(case.spec("tpu"), target)
     if chosen.implementation.name != "tpu":
-        assert "page_size" in str(chosen) or "latent" in str(chosen)
+        assert "page_size" in str(chosen) or "latents of 128 lanes" in str(chosen)
         return
     compiled = aot.compile_op(function, shapes, chip)
     text = aot.hlo(compiled)
@@ -94,6 +101,23 @@ def test_attention_compiles_and_reads_the_pool_in_place(name: str, chip: str) ->
     assert memory.temp_size_in_bytes < padded
     if case in REAL and case.queries is None:
         assert memory.temp_size_in_bytes < size(shapes[1]) // 8, "no second pool"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", aot.CHIPS["tpu"])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("case", [case for case in REAL if case.value_dim is not None], ids=lambda case: case.name)
+def test_latents_compile_at_every_page_size(case: Case, page_size: int, chip: str) -> None:
+    """A pool of a GiB is not copied; 512 queries of 128 heads are 80 MiB, which are laid out in blocks."""
+    case, target = replace(case, page_size=page_size), aot.target(chip)
+    spec = case.spec("tpu")
+    if spec.layout.quantized and page_size < 32:
+        assert "page_size 16" in (tpu.declines(spec, target) or "")
+        return
+    assert tpu.declines(spec, target) is None
+    function, shapes = attention(case, target, pages=(1 << 30) // page_size // spec.layout.token_bytes)
+    memory = aot.compile_op(function, shapes, chip).memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < size(shapes[1]) // 4, "no second pool"
 
 
 @pytest.mark.parametrize(("name", "chip"), everywhere(WRITES, SHORT_WRITES))
