@@ -3,6 +3,7 @@
 VENV ?= .venv
 ARGS ?=
 bin := $(VENV)/bin
+aot_rows := .cache/aot-rows.jsonl
 pip := $(bin)/python -m pip --disable-pip-version-check
 
 .PHONY: help serve test check format bench bench-startup aot aot-all clean
@@ -36,9 +37,11 @@ aot: ## compile the step programs for one TPU and one GPU, with neither at hand
 	$(MAKE) VENV=.venv-aot .venv-aot/.installed-aot
 	.venv-aot/bin/python -m pytest -q -m "aot and not slow" $(ARGS)
 
-aot-all: ## the same for every shape and chip that the tests know
+aot-all: ## the same for every shape and chip that the tests know (hours on two cores); writes docs/aot.md
 	$(MAKE) VENV=.venv-aot .venv-aot/.installed-aot
-	.venv-aot/bin/python -m pytest -q -m aot $(ARGS)
+	$(if $(ARGS),,rm -f $(aot_rows)) # with ARGS, say one file, the other rows stay
+	.venv-aot/bin/python -m pytest -q -p tests.pallas_kernels.aot_rows -m aot --aot-rows $(aot_rows) $(ARGS); \
+	    status=$$?; .venv-aot/bin/python -m benchmarks.aot_table $(aot_rows) docs/aot.md && exit $$status
 
 clean: ## remove the environment and what tests and tools left
 	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
