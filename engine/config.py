@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.errors import InvalidParam
+from engine.model.packing import Packings
 from pallas_kernels.target import KVDtype, Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -41,8 +42,10 @@ class EngineOptions:
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"] = option(
         "auto", "of the KV cache; auto is the dtype of the weights, fp8 is fp8_e4m3"
     )
-    quantization: Literal["int8", "int4", "fp8"] | None = option(
-        None, "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows"
+    quantization: Literal["auto", "stored", "none", "int8", "int4", "fp8"] = option(
+        "auto",
+        "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows; stored "
+        "keeps what the checkpoint has packed, none makes it float, auto is stored on a TPU or GPU and none on a CPU",
     )
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
     decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
@@ -78,7 +81,7 @@ class EngineConfig:
     max_num_batched_tokens: int
     max_prefill_rows: int  # prompts (or chunks) that one prefill step may hold
     kv_cache_dtype: KVDtype
-    quantization: Literal["int8", "int4", "fp8"] | None
+    quantization: Literal["int8", "int4", "fp8"] | None  # what weights are packed into while loading
     target: Target  # what the programs are compiled for
     page_size: int
     num_pages: int  # page 0 is the trash page: written by idle rows, read by none
@@ -90,6 +93,7 @@ class EngineConfig:
     overlap: bool
     max_queued_requests: int
     seed: int
+    stored: Packings = ()  # parameters that stay as the checkpoint has them packed
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -97,7 +101,9 @@ class EngineConfig:
 
     def summary(self) -> str:
         """Every field, on one line."""
-        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self))
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["stored"] = f"{len(self.stored)} weights"
+        return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def _choices(name: str) -> tuple[Any, ...]:

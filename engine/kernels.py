@@ -52,8 +52,8 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
 
 def _matmuls(model: ModelConfig, config: EngineConfig, tokens: int) -> Iterator[tuple[int, Any]]:
     """(rows of x, abstract weight) of the products that have kernels, each kind of weight once."""
-    weights = {name.split(".")[-1]: weight for name, weight in param_shapes(model, config).items()}
-    for name, weight in weights.items():
+    weights = [(name.split(".")[-1], weight) for name, weight in param_shapes(model, config).items()]
+    for name, weight in {f"{name} {weight}": (name, weight) for name, weight in weights}.values():
         if model.experts is not None and name.startswith("experts_"):
             yield tokens * model.experts.per_token, weight
         elif isinstance(weight, Quantized):

@@ -34,12 +34,14 @@ from engine.model.config import ModelConfig
 from engine.model.params import param_specs
 from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
+from engine.model.weights.packed import summary
 from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, step_program
 from engine.registry import resolve_model
 from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
+from pallas_kernels.quantized import Quantized
 
 log = logging.getLogger("octavo.engine")
 CacheFor = Callable[[EngineConfig], ProgramCache]
@@ -63,9 +65,9 @@ def load_engine(options: EngineOptions, report: Report = lambda phase, progress:
     def cache_for(config: EngineConfig) -> ProgramCache:
         return ProgramCache(root, model=model, config=config) if options.compile_cache else NoProgramCache()
 
-    config = resolve(options, model, checkpoint.dtype, device)
+    config = _configure(options, checkpoint, device)
     config = size_pool(options, model, config, device, cache_for)
-    log.info("%s on %s: %s", options.model, device.platform, config)
+    log.info("%s on %s: %s", options.model, device.platform, config.summary())
     for line in kernel_choices(model, config):
         log.info("%s", line)
     params = load_params(checkpoint, config, report)
@@ -91,6 +93,19 @@ def load_engine(options: EngineOptions, report: Report = lambda phase, progress:
     return engine
 
 
+def _configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts) -> EngineConfig:
+    """Resolved for a checkpoint that may be quantized; says what becomes of it."""
+    specs = param_specs(checkpoint.config, jnp.dtype(checkpoint.dtype))
+    stored = checkpoint.stored(specs)
+    packings = tuple((name, weight.packing) for name, weight in stored.items() if weight.packing)
+    config = resolve(options, checkpoint.config, checkpoint.dtype, device, packings)
+    if config.quantization is None:
+        specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
+        for line in summary(stored, dict(config.stored), specs):
+            log.info("%s", line)
+    return config
+
+
 def _display_name(model: str) -> str:
     """What clients call the model: a registry or hub name as it is, of a path only its last part."""
     path = Path(model).expanduser()
@@ -107,13 +122,13 @@ def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) ->
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
     loaded = 0
 
-    def put(name: str, array: np.ndarray) -> Any:
+    def put(name: str, array: np.ndarray | Quantized) -> Any:
         nonlocal loaded
         loaded += 1
         report("load weights", loaded / len(specs))
         return jax.device_put(pack(specs[name], array, config.quantization))
 
-    params = checkpoint.load(specs, put)
+    params = checkpoint.load(specs, put, dict(config.stored))
     jax.block_until_ready(params)
     return params
 

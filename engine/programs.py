@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.quantization import packed_shape
+from engine.model.quantization import packed_shape, packing_of
 from engine.slots import Slots, slots_shape
 from engine.steps import Compute
 from pallas_kernels.kv_layout import kv_layout
@@ -24,8 +24,11 @@ Shapes = jax.ShapeDtypeStruct
 
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
     """Abstract parameters as they are on the device."""
-    specs = param_specs(model, jnp.dtype(config.dtype))
-    return {name: packed_shape(spec, config.quantization) for name, spec in specs.items()}
+    specs, stored = param_specs(model, jnp.dtype(config.dtype)), dict(config.stored)
+    return {
+        name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization))
+        for name, spec in specs.items()
+    }
 
 
 def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:

@@ -11,6 +11,7 @@ from typing import Literal
 from engine.config import EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
+from engine.model.packing import Packings
 from pallas_kernels.target import KVDtype, Target
 
 GIB = 1 << 30
@@ -58,8 +59,13 @@ DEFAULTS = {
 }
 
 
-def resolve(options: EngineOptions, model: ModelConfig, native_dtype: str, device: DeviceFacts) -> EngineConfig:
-    """Concrete configuration but for the KV pool, which `with_pages` sizes (num_pages is 2 until then)."""
+def resolve(
+    options: EngineOptions, model: ModelConfig, native_dtype: str, device: DeviceFacts, stored: Packings = ()
+) -> EngineConfig:
+    """Concrete configuration but for the KV pool, which `with_pages` sizes (num_pages is 2 until then).
+
+    stored: the parameters that the checkpoint has packed, and how.
+    """
     defaults = DEFAULTS[device.platform]
     max_model_len = options.max_model_len or model.max_position
     if max_model_len > model.max_position:
@@ -67,6 +73,7 @@ def resolve(options: EngineOptions, model: ModelConfig, native_dtype: str, devic
     dtype = _dtype(options.dtype, native_dtype, device)
     seqs = options.max_num_seqs or defaults.max_num_seqs
     tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
+    asked = options.quantization
     return EngineConfig(
         dtype=dtype,
         max_model_len=max_model_len,
@@ -74,7 +81,8 @@ def resolve(options: EngineOptions, model: ModelConfig, native_dtype: str, devic
         max_num_batched_tokens=tokens,
         max_prefill_rows=min(defaults.max_prefill_rows, seqs),
         kv_cache_dtype=_KV_DTYPES.get(options.kv_cache_dtype, dtype),
-        quantization=options.quantization,
+        quantization=None if asked in ("auto", "stored", "none") else asked,
+        stored=stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else (),
         target=Target(device.platform, device.chip, _implementations(options.kernel)),
         page_size=options.page_size or defaults.page_size,
         num_pages=2,

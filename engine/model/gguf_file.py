@@ -239,12 +239,16 @@ class TensorReader:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start, cols] of tensor `name`; quantized values are expanded exactly."""
+        return self._dequantize[self._file.tensors[name].kind](self.raw_rows(name, start, stop))
+
+    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """uint8 [stop - start, row_bytes] of tensor `name`, as stored."""
         info = self._file.tensors[name]
         num_bytes = (stop - start) * info.row_bytes
         raw = os.pread(self._fd, num_bytes, info.offset + start * info.row_bytes)
         if len(raw) != num_bytes:
             raise self._file.fail(f"tensor {name!r}: the file ended while reading (did it change?)")
-        return self._dequantize[info.kind](np.frombuffer(raw, np.uint8).reshape(stop - start, info.row_bytes))
+        return np.frombuffer(raw, np.uint8).reshape(stop - start, info.row_bytes)
 
     def tensor(self, name: str) -> np.ndarray:
         info = self._file.tensors[name]

@@ -1,16 +1,18 @@
-"""`--quantization`: which weights are packed while they are loaded, and into what.
+"""Which weights are packed on the device, and into what: by `--quantization`, or as the checkpoint has them.
 
-The matrices of the layers are (`ParamSpec.packable`); embeddings, LM head, norms and biases stay.
+Only the matrices of the layers can be (`ParamSpec.packable`); embeddings, LM head, norms and biases stay.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from engine.errors import ModelError
+from engine.model.packing import Packing
 from pallas_kernels.quantized import Quantized, WeightFormat, quantize, quantized_shape
 from sharding.params import ParamSpec
 
@@ -21,25 +23,39 @@ FORMATS: dict[Quantization, WeightFormat] = {"int8": "int8", "int4": "int4", "fp
 INT4_GROUP = 32
 
 
-def packed_shape(spec: ParamSpec, quantization: Quantization | None) -> Any:
-    """What is on the device for `spec`: a ShapeDtypeStruct, or a Quantized of them."""
+def packing_of(spec: ParamSpec, quantization: Quantization | None) -> Packing | None:
+    """What `--quantization` makes of `spec`; None: it stays as it is."""
     if quantization is None or not spec.packable:
-        return jax.ShapeDtypeStruct(spec.device_shape, spec.dtype)
-    return quantized_shape(spec.device_shape, **_how(spec, quantization))
-
-
-def pack(spec: ParamSpec, array: np.ndarray, quantization: Quantization | None) -> np.ndarray | Quantized:
-    """The host array of `spec` as `packed_shape` says."""
-    matrix = array.reshape(spec.device_shape)
-    if quantization is None or not spec.packable:
-        return matrix
-    return quantize(matrix, **_how(spec, quantization))
-
-
-def _how(spec: ParamSpec, quantization: Quantization) -> dict[str, Any]:
+        return None
     if quantization != "int4":
-        return {"format": FORMATS[quantization]}
+        return Packing(FORMATS[quantization])
     rows = spec.device_shape[-2]
     if rows % INT4_GROUP:
         raise ModelError(f"quantization int4: a weight of {rows} rows does not divide into groups of {INT4_GROUP}")
-    return {"format": "int4", "group": INT4_GROUP, "symmetric": False, "scale_dtype": "bfloat16"}
+    return Packing("int4", INT4_GROUP, symmetric=False, scale_dtype="bfloat16")
+
+
+def packed_shape(spec: ParamSpec, packing: Packing | None) -> Any:
+    """What is on the device for `spec`: a ShapeDtypeStruct, or a Quantized of them."""
+    if packing is None:
+        return jax.ShapeDtypeStruct(spec.device_shape, spec.dtype)
+    return quantized_shape(spec.device_shape, **_arguments(packing))
+
+
+def pack(spec: ParamSpec, array: np.ndarray | Quantized, quantization: Quantization | None) -> Any:
+    """A host array of `spec` as it is on the device; what a checkpoint brings packed stays so."""
+    if isinstance(array, Quantized):
+        return _flat(spec, array)
+    matrix = array.reshape(spec.device_shape)
+    packing = packing_of(spec, quantization)
+    return matrix if packing is None else quantize(matrix, **_arguments(packing))
+
+
+def _flat(spec: ParamSpec, packed: Quantized) -> Quantized:
+    """The packed arrays with the columns of `spec` merged, as `device_shape` merges them."""
+    lead, columns = spec.device_shape[:-2], spec.device_shape[-1]
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, -1, columns), packed)
+
+
+def _arguments(packing: Packing) -> dict[str, Any]:
+    return {**asdict(packing), "scale_dtype": jax.numpy.dtype(packing.scale_dtype)}

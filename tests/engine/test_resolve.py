@@ -10,6 +10,7 @@ from engine.batch import lattice
 from engine.config import EngineConfig, EngineOptions, options_from_dict
 from engine.errors import CapacityError, InvalidParam
 from engine.kernels import kernel_choices
+from engine.model.packing import Packing
 from engine.programs import compute_of, page_bytes
 from engine.resolve import GIB, DeviceFacts, resolve, usable_bytes, with_pages
 from tests.engine.world import MIXED, MODEL
@@ -38,6 +39,25 @@ def resolved(device: DeviceFacts = CPU, native: str = "bfloat16", **options: Any
 )
 def test_dtype(asked: str, native: str, device: DeviceFacts, expected: str) -> None:
     assert resolved(device, native, dtype=asked).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "quantization", "kept"),
+    [
+        ("auto", CPU, None, False),
+        ("auto", TPU, None, True),
+        ("auto", GPU, None, True),
+        ("stored", CPU, None, True),
+        ("none", TPU, None, False),
+        ("int8", TPU, "int8", False),
+    ],
+)
+def test_what_a_checkpoint_has_packed(asked: str, device: DeviceFacts, quantization: str | None, kept: bool) -> None:
+    stored = (("layers.0.o", Packing("int4", 32)),)
+    options = options_from_dict(EngineOptions, {"quantization": asked})
+    config = resolve(options, MODEL, "bfloat16", device, stored)
+    assert (config.quantization, config.stored) == (quantization, stored if kept else ())
+    assert ("stored 1 weights" in config.summary()) == kept
 
 
 @pytest.mark.parametrize("device", [CPU, GPU, TPU], ids=lambda d: d.platform)

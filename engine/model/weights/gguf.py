@@ -1,31 +1,35 @@
-"""A GGUF file as a `Checkpoint`: names, the order of rotary dimensions, dequantization.
+"""A GGUF file as a `Checkpoint`: names, the order of rotary dimensions, dequantized or repacked weights.
 
-Knows no devices. A tensor is expanded block by block into its place, so the host holds one
-parameter and a few blocks, never a second copy of the weights.
+Knows no devices. A tensor is expanded or repacked block by block into its place, so the host holds
+one parameter and a few blocks, never a second copy of the weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from engine.model.config import ModelConfig
 from engine.model.gguf_file import GgufFile, TensorReader, dequantizer, read_gguf
+from engine.model.packing import Packing
 from engine.model.params import param_specs
-from engine.model.weights.checkpoint import Dtype, T
+from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
 from engine.model.weights.gguf_config import ROPE_FACTORS, ROPE_FREQS, gguf_model_config
+from engine.model.weights.gguf_packed import PACKINGS, unpacked_rows
 from engine.model.weights.names import Piece, pieces
+from engine.model.weights.packed import StoredTensor, blocks, empty, stored_weight
 from sharding.params import ParamSpec
 
 NUM_THREADS = 2  # numpy releases the lock while it expands a block
-BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: fits a core's cache
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
 # Architectures whose files keep each head's rotary pairs side by side (0, d/2, 1, d/2 + 1, ...).
 INTERLEAVED = frozenset({"llama", "smollm3", "granite"})
@@ -76,15 +80,52 @@ class GgufCheckpoint:
     end_token_ids: tuple[int, ...]
     file: GgufFile
 
-    def load(self, specs: Mapping[str, ParamSpec], put: Callable[[str, np.ndarray], T]) -> dict[str, T]:
+    def stored(self, specs: Mapping[str, ParamSpec]) -> dict[str, StoredWeight]:
+        found = {
+            param: stored_weight(spec, [self._stored_tensor(piece) for piece in self.pieces(param)])
+            for param, spec in specs.items()
+        }
+        return {param: weight for param, weight in found.items() if weight is not None}
+
+    def _stored_tensor(self, piece: Piece) -> StoredTensor | None:
+        info = self.file.tensors[gguf_name(self.config, piece.name)]
+        if info.kind in FLOATS:
+            return None
+        packing = PACKINGS.get(info.kind, "a type that is only dequantized")
+        return StoredTensor(info.kind.name, info.num_rows * info.row_bytes, packing)
+
+    def load(
+        self, specs: Mapping[str, ParamSpec], put: Put[T], packings: Mapping[str, Packing] = NO_PACKINGS
+    ) -> dict[str, T]:
         out = {}
         with TensorReader(self.file) as reader, ThreadPoolExecutor(NUM_THREADS) as threads:
             for param, spec in specs.items():
+                if param in packings:
+                    packed = empty(spec, packings[param])
+                    for piece in self.pieces(param):
+                        self._fill_packed(reader, threads, piece, jax.tree.leaves(packed), packings[param])
+                    out[param] = put(param, packed)
+                    continue
                 array = np.empty(spec.shape, spec.dtype)
                 for piece in self.pieces(param):
                     self._fill(reader, threads, piece, array)
                 out[param] = put(param, array)
         return out
+
+    def _fill_packed(
+        self, reader: TensorReader, threads: Executor, piece: Piece, leaves: list[np.ndarray], packing: Packing
+    ) -> None:
+        name = gguf_name(self.config, piece.name)
+        kind, order = self.file.tensors[name].kind, self._row_order(piece.name)
+
+        def fill(block: tuple[int, list[np.ndarray]]) -> None:
+            start, targets = block
+            raw = reader.raw_rows(name, start, start + len(targets[0]))
+            parts = unpacked_rows(raw if order is None else raw[order], kind).leaves(packing)
+            for target, part in zip(targets, parts, strict=True):
+                target[...] = part
+
+        list(threads.map(fill, blocks(piece, leaves)))
 
     def pieces(self, param: str) -> Iterator[Piece]:
         """The stored tensors of `param`, still under their Hugging Face names."""
@@ -99,13 +140,13 @@ class GgufCheckpoint:
             Piece(piece.name, piece.views).fill(array, values)  # Gemma's offset is in the file already
             return
 
-        def fill(block: tuple[int, np.ndarray]) -> None:
-            start, target = block
+        def fill(block: tuple[int, list[np.ndarray]]) -> None:
+            start, (target,) = block
             rows = reader.rows(name, start, start + len(target))
             _assign(target, rows if order is None else rows[order])
 
         # A block is one head where rows must be put in order, so that each order is complete in it.
-        list(threads.map(fill, _blocks(piece, array)))
+        list(threads.map(fill, blocks(piece, [array])))
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Which stored row of a head comes first, second, ...: undoes interleaved rotary pairs."""
@@ -113,20 +154,6 @@ class GgufCheckpoint:
         if not interleaved or not name.rsplit(".", 1)[0].endswith(("q_proj", "k_proj")):
             return None
         return np.arange(self.config.head_dim).reshape(-1, 2).T.reshape(-1)
-
-
-def _blocks(piece: Piece, array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """First stored row and 2-D target [rows, cols] of each block; heads are never split or joined."""
-    start = 0
-    for view in piece.views:
-        target = view(array)
-        for index in np.ndindex(target.shape[:-2]):
-            part = target[index]
-            step = len(part) if target.ndim > 2 else max(1, BLOCK_ELEMENTS // part.shape[1])
-            for row in range(0, len(part), step):
-                block = part[row : row + step]
-                yield start, block
-                start += len(block)
 
 
 def _assign(target: np.ndarray, values: np.ndarray) -> None:

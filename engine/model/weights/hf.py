@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import ModelError
 from engine.model.config import ModelConfig
 from engine.model.families import model_config
+from engine.model.packing import Packing
 from engine.model.params import param_specs
-from engine.model.weights.checkpoint import Dtype, T
+from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
 from engine.model.weights.names import HEADS, PREFIXES, Piece, ignored, pieces
 from sharding.params import ParamSpec
 
@@ -62,7 +63,12 @@ class HfCheckpoint:
         head = next((name for name in HEADS if name in self.tensors), HEADS[0])
         return list(pieces(self.config, param, self.prefix, head))
 
-    def load(self, specs: Mapping[str, ParamSpec], put: Callable[[str, np.ndarray], T]) -> dict[str, T]:
+    def stored(self, specs: Mapping[str, ParamSpec]) -> dict[str, StoredWeight]:
+        return {}
+
+    def load(
+        self, specs: Mapping[str, ParamSpec], put: Put[T], packings: Mapping[str, Packing] = NO_PACKINGS
+    ) -> dict[str, T]:
         out = {}
         for param, spec in specs.items():
             array = np.empty(spec.shape, spec.dtype)

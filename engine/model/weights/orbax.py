@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from orbax.checkpoint.experimental import v1 as ocp
 from engine.errors import ModelError
 from engine.model.config import ModelConfig
 from engine.model.families import model_config
+from engine.model.packing import Packing
 from engine.model.params import param_specs
-from engine.model.weights.checkpoint import Dtype, T
+from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
 from engine.model.weights.hf import read_json
 from engine.model.weights.manifest import MANIFEST, Manifest, manifest_from_dict, manifest_to_dict
 from sharding.params import ParamSpec
@@ -46,7 +47,12 @@ class OrbaxCheckpoint:
     end_token_ids: tuple[int, ...]
     names: tuple[str, ...]  # every array of the folder
 
-    def load(self, specs: Mapping[str, ParamSpec], put: Callable[[str, np.ndarray], T]) -> dict[str, T]:
+    def stored(self, specs: Mapping[str, ParamSpec]) -> dict[str, StoredWeight]:
+        return {}
+
+    def load(
+        self, specs: Mapping[str, ParamSpec], put: Put[T], packings: Mapping[str, Packing] = NO_PACKINGS
+    ) -> dict[str, T]:
         out = {}
         for group in _groups(specs):
             arrays = self._read(group)

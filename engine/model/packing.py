@@ -1,0 +1,29 @@
+"""How parameters are packed, as plain data: a part of the engine's configuration. Imports no JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pallas_kernels.quantized import Activations, WeightFormat
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The kind of a `Quantized`. group: rows that share a scale; None: all of them, one scale a column."""
+
+    format: WeightFormat
+    group: int | None = None
+    symmetric: bool = True  # False: with offsets
+    activations: Activations = "float"
+    scale_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __str__(self) -> str:
+        grouped = "a scale a column" if self.group is None else f"groups of {self.group}"
+        offsets = "" if self.symmetric else ", offsets"
+        dynamic = ", dynamic activations" if self.activations == "dynamic" else ""
+        return f"{self.format} in {grouped}{offsets}, {self.scale_dtype} scales{dynamic}"
+
+
+Packings = tuple[tuple[str, Packing], ...]  # (parameter, how), for those that are packed
