@@ -75,14 +75,14 @@ def prepare(work: Work, target: Target, expected_s: float) -> Prepared:
     answer = jax.jit(work.answer).lower(*moving, *fixed).compile()
     programs: list[Program] = []
     others, skipped = rivals(work, target)
-    turns, copies = turns_for(expected_s), copies_for(_bytes(fixed), target)
+    turns, copies = turns_for(expected_s), copies_for(tree_bytes(fixed), target)
     for name, implementation in _ours(work, target):
         try:
             forced = work.forced(target, implementation)
             work.choice(forced)
             call = partial(work.call, target=forced)
             rounds = turns if name == "octavo" else min(turns, REFERENCE_TURNS)
-            once, loop = _compile(call, moving, fixed, rounds, copies)
+            once, loop = compiled_pair(call, moving, fixed, rounds, copies)
             programs.append(Program(name, True, implementation, once, loop, rounds, copies, None))
         except KernelDeclined as reason:
             skipped[name] = str(reason)
@@ -104,17 +104,18 @@ def _rivals_program(rival: Rival, inputs: Any, turns: int, copies: int) -> Progr
     if rival.host:
         return Program(rival.name, False, "", None, None, turns, 1, rival)
     moving, fixed = jax.eval_shape(rival.prepare, inputs) if rival.prepare is not None else inputs
-    once, loop = _compile(rival.call, moving, fixed, turns, copies)
+    once, loop = compiled_pair(rival.call, moving, fixed, turns, copies)
     return Program(rival.name, False, "", once, loop, turns, copies, rival)
 
 
-def _compile(call: Callable[..., Array], moving: Any, fixed: Any, turns: int, copies: int) -> tuple[Any, Any]:
+def compiled_pair(call: Callable[..., Array], moving: Any, fixed: Any, turns: int, copies: int) -> tuple[Any, Any]:
+    """The call alone and in a loop, for abstract inputs."""
     once = jax.jit(call).lower(*moving, *fixed).compile()
     loop = jax.jit(looped(call, turns)).lower(moving, [fixed] * copies).compile()
     return once, loop
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
