@@ -96,6 +96,14 @@ def kv_layout(
     return KVLayout(kv_heads, head_dim, head_width, dtype, exponent_width, value_dim)
 
 
+def check_pages(kv_pages: Array, layout: KVLayout) -> None:
+    """ValueError unless kv_pages [pages, page_size, layout.width] are of the layout."""
+    if kv_pages.shape[2] != layout.width or kv_pages.dtype != layout.dtype:
+        raise ValueError(
+            f"pages are {kv_pages.shape[2]} wide, {kv_pages.dtype}; the layout says {layout.width}, {layout.dtype}"
+        )
+
+
 def check_rows(k: Array, v: Array | None, layout: KVLayout) -> None:
     """ValueError unless k and v (None in a latent layout) [tokens, kv_heads, head_dim] fit the layout."""
     heads = f"{layout.kv_heads} heads of {layout.head_dim}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.kv_layout import KVLayout, check_rows, pack_rows
+from pallas_kernels.kv_layout import KVLayout, check_pages, check_rows, pack_rows
 from pallas_kernels.kv_write import reference, tpu
 from pallas_kernels.target import Target
 
@@ -43,9 +43,6 @@ def write_kv(
     which of several stays there is undefined; no other place is written twice in a call.
     """
     check_rows(k, v, layout)
-    if kv_pages.shape[2] != layout.width or kv_pages.dtype != layout.dtype:
-        raise ValueError(
-            f"pages are {kv_pages.shape[2]} wide, {kv_pages.dtype}; the layout says {layout.width}, {layout.dtype}"
-        )
+    check_pages(kv_pages, layout)
     run = choice(WriteSpec(k.shape[0], kv_pages.shape[1], layout), target).implementation.run
     return run(kv_pages, pack_rows(k, v, layout), page_ids, offsets, target=target)

@@ -20,7 +20,7 @@ from typing import Literal
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.kv_layout import KVLayout, check_pages
 from pallas_kernels.paged_attention import gpu, reference, tpu
 from pallas_kernels.target import Target
 
@@ -149,10 +149,7 @@ def _spec(
     tokens, q_heads, head_dim = q.shape
     if head_dim != layout.head_dim:
         raise ValueError(f"q has head_dim {head_dim}, the layout {layout.head_dim}")
-    if kv_pages.shape[2] != layout.width or kv_pages.dtype != layout.dtype:
-        raise ValueError(
-            f"pages are {kv_pages.shape[2]} wide, {kv_pages.dtype}; the layout says {layout.width}, {layout.dtype}"
-        )
+    check_pages(kv_pages, layout)
     if not layout.quantized and kv_pages.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype}, pages are {kv_pages.dtype}; only quantized pages may differ from q")
     if q_heads % layout.kv_heads:

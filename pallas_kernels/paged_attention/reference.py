@@ -39,7 +39,7 @@ def decode(
     group = q_heads // kv_heads
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
-    block_tables = _pad_columns(block_tables, chunk_pages)
+    block_tables = pad_columns(block_tables, chunk_pages)
     queries = q.astype(jnp.float32).reshape(rows, kv_heads, group, head_dim)
     first_seen = jnp.maximum(kv_lens - window, 0) if window else jnp.zeros_like(kv_lens)
     # An idle row (kv_len 0) must not drag the loop to the start of the windowed rows' past.
@@ -54,11 +54,11 @@ def decode(
         kv = jnp.transpose(kv, (0, 2, 3, 1, 4))  # heads first, so that both products run on whole matrices
         v = jnp.where(seen[:, None, :, None], kv[:, :, -1, :, :value_dim], 0.0)  # 0 * NaN of a stale page is NaN
         scores = _product("rkgd,rkcd->rkgc", queries, kv[:, :, 0])
-        state, weights = _online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
+        state, weights = online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
         return state[0], state[1], state[2] + _product("rkgc,rkcd->rkgd", weights, v)
 
-    state = jax.lax.fori_loop(first, last, turn, _initial_state((rows, kv_heads, group), value_dim, sinks))
-    return _finish(state).astype(q.dtype).reshape(rows, q_heads, value_dim)
+    state = jax.lax.fori_loop(first, last, turn, initial_state((rows, kv_heads, group), value_dim, sinks))
+    return finish(state).astype(q.dtype).reshape(rows, q_heads, value_dim)
 
 
 def prefill(
@@ -87,7 +87,7 @@ def prefill(
     block = min(BLOCK_QUERIES, tokens)
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     chunk = chunk_pages * page_size
-    block_tables = _pad_columns(block_tables, chunk_pages)
+    block_tables = pad_columns(block_tables, chunk_pages)
     padded = jnp.pad(q.reshape(tokens, kv_heads, group, head_dim), ((0, block), (0, 0), (0, 0), (0, 0)))
     num_blocks = -(-q_lens // block)  # of each row
     blocks_before = jnp.cumsum(num_blocks) - num_blocks
@@ -112,14 +112,14 @@ def prefill(
             if window:
                 seen &= kv_pos[None, :] > q_pos[:, None] - window
             scores = _product("kqd,kcd->kqc", queries, kv[:, 0])
-            state, weights = _online_softmax(state, scores, seen[None], scale, softcap)
+            state, weights = online_softmax(state, scores, seen[None], scale, softcap)
             return state[0], state[1], state[2] + _product("kqc,kcd->kqd", weights, v)
 
         first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
         per_query = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), block, axis=1)
-        start_state = _initial_state((kv_heads, group * block), value_dim, per_query)
+        start_state = initial_state((kv_heads, group * block), value_dim, per_query)
         state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, start_state)
-        result = _finish(state).reshape(kv_heads, group, block, value_dim)
+        result = finish(state).reshape(kv_heads, group, block, value_dim)
         result = jnp.transpose(result, (2, 0, 1, 3)).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
 
@@ -128,7 +128,7 @@ def prefill(
     return out[:tokens].reshape(tokens, q_heads, value_dim)
 
 
-def _online_softmax(
+def online_softmax(
     state: State, scores: Array, seen: Array, scale: float, softcap: float | None
 ) -> tuple[State, Array]:
     """Fold one chunk of raw scores into (max, sum, weighted values); returns its weights too."""
@@ -143,7 +143,7 @@ def _online_softmax(
     return (new_top, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None]), weights
 
 
-def _initial_state(shape: tuple[int, ...], value_dim: int, sinks: Array | None) -> State:
+def initial_state(shape: tuple[int, ...], value_dim: int, sinks: Array | None) -> State:
     """Before any key: nothing seen, or the sink (its elements in the order of the last two dimensions of shape)."""
     acc = jnp.zeros((*shape, value_dim), jnp.float32)
     if sinks is None:
@@ -152,12 +152,12 @@ def _initial_state(shape: tuple[int, ...], value_dim: int, sinks: Array | None) 
     return top, jnp.ones(shape, jnp.float32), acc
 
 
-def _finish(state: State) -> Array:
+def finish(state: State) -> Array:
     _, total, acc = state
     return acc / jnp.where(total == 0.0, 1.0, total)[..., None]  # a row that sees nothing yields 0
 
 
-def _pad_columns(block_tables: Array, multiple: int) -> Array:
+def pad_columns(block_tables: Array, multiple: int) -> Array:
     return jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % multiple)))
 
 
