@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.config import LayerSpec, ModelConfig
+from engine.model.config import Latent, LayerSpec, ModelConfig
+from engine.model.mixers import AttentionInput
 from engine.pages import TRASH_PAGE
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
@@ -80,21 +81,38 @@ class PagedAttention:
     target: Target
 
     def __call__(
-        self, config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, q: Array, k: Array, v: Array
+        self, config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, brought: AttentionInput
     ) -> tuple[Array, Array]:
-        """Write k and v, then attend: (like q, the layer's pages). See `engine.model.decoder.Attend`."""
+        """Write k and v, then attend: (values, the layer's pages). See `engine.model.mixers.Attend`."""
         on: dict[str, Any] = {"layout": self.layout, "target": self.target}
-        kv_pages = write_kv(kv_pages, k, v, view.page_ids, view.offsets, **on)
+        kv_pages = write_kv(kv_pages, brought.k, brought.v, view.page_ids, view.offsets, **on)
         num_decode, prefill = view.decode_lens.shape[0], view.prefill
         how = on | {
             "scale": config.attention_scale,
             "softcap": config.attention_softcap,
             "window": layer.window,
+            "sinks": brought.sinks,
         }
+        q = brought.q if config.latent is None else _absorbed(config.latent, brought)
         parts = []
         if num_decode:
             parts.append(decode_attention(q[:num_decode], kv_pages, view.decode_tables, view.decode_lens, **how))
         if prefill is not None:
             rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
             parts.append(prefill_attention(q[num_decode:], kv_pages, *rows, **how))
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        return out if brought.v_up is None else _per_head("thr,hrv->thv", out, brought.v_up), kv_pages
+
+
+def _absorbed(latent: Latent, brought: AttentionInput) -> Array:
+    """Queries for the latent itself, [tokens, q_heads, row_dim]: q . (k_up c) is (k_up^T q) . c."""
+    if brought.k_up is None:
+        raise ValueError("a latent layer brings k_up")
+    nope = _per_head("thn,hrn->thr", brought.q[..., : latent.nope_dim], brought.k_up)
+    return jnp.concatenate([nope, brought.q[..., latent.nope_dim :]], axis=-1)
+
+
+def _per_head(subscripts: str, x: Array, weight: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)

@@ -81,4 +81,5 @@ def _attention_specs(
                 layout=compute_of(model, config).kv,
                 softcap=model.attention_softcap,
                 window=layer.window,
+                sinks=model.attention_sinks,
             )

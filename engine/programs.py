@@ -33,7 +33,11 @@ def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
 def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:
     """What the programs are traced from."""
-    layout = kv_layout(model.num_kv_heads, model.head_dim, config.kv_cache_dtype, config.target.platform)
+    dtype, platform = config.kv_cache_dtype, config.target.platform
+    if model.latent is None:
+        layout = kv_layout(model.num_kv_heads, model.head_dim, dtype, platform)
+    else:
+        layout = kv_layout(1, model.latent.row_dim, dtype, platform, value_dim=model.latent.kv_rank)
     return Compute(model, layout, config.target)
 
 

@@ -16,6 +16,7 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
+from engine.model.mixers import AttentionInput
 from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
 from pallas_kernels.target import CPU
 
@@ -54,16 +55,30 @@ class DenseAttention:
     kv: KVLayout | None
 
     def __call__(
-        self, config: ModelConfig, layer: LayerSpec, view: None, cache: None, q: Array, k: Array, v: Array
+        self, config: ModelConfig, layer: LayerSpec, view: None, cache: None, brought: AttentionInput
     ) -> tuple[Array, None]:
-        """q [tokens, q_heads, head_dim], k and v per KV head."""
+        """Values [tokens, q_heads, head_dim], or value_dim of latent attention, whose keys are expanded here."""
+        k, v = brought.k, brought.v
         if self.kv is not None:
             rows = unpack_rows(pack_rows(k, v, self.kv), self.kv)
-            k, v = rows[:, :, 0], rows[:, :, 1]
-        return _attend(config, layer, q, k, v), None
+            k, v = rows[:, :, 0], None if v is None else rows[:, :, 1]
+        if v is None:
+            k, v = _expanded(config, brought, k[:, 0])
+        return _attend(config, layer, brought.q, k, v, brought.sinks), None
 
 
-def _attend(config: ModelConfig, layer: LayerSpec, q: Array, k: Array, v: Array) -> Array:
+def _expanded(config: ModelConfig, brought: AttentionInput, row: Array) -> tuple[Array, Array]:
+    """Each head's keys and values [tokens, q_heads, ...] from what the cache keeps, [tokens, row_dim]."""
+    assert config.latent is not None and brought.k_up is not None and brought.v_up is not None
+    latent, rotary = row[:, : config.latent.kv_rank], row[:, config.latent.kv_rank :]
+    with jax.default_matmul_precision("highest"):
+        k = jnp.einsum("tr,hrn->thn", latent, brought.k_up)
+        v = jnp.einsum("tr,hrv->thv", latent, brought.v_up)
+    rotary = jnp.broadcast_to(rotary[:, None], (*k.shape[:2], rotary.shape[1]))
+    return jnp.concatenate([k, rotary], axis=-1), v
+
+
+def _attend(config: ModelConfig, layer: LayerSpec, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
     k, v = (jnp.repeat(a, config.q_per_kv, axis=1).astype(jnp.float32) for a in (k, v))
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("qhd,khd->hqk", q.astype(jnp.float32), k) * config.attention_scale
@@ -73,5 +88,9 @@ def _attend(config: ModelConfig, layer: LayerSpec, q: Array, k: Array, v: Array)
         distance = position[:, None] - position[None, :]
         window = layer.window
         seen = (distance >= 0) & (distance < (window or q.shape[0]))
-        weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
+        scores = jnp.where(seen[None], scores, -jnp.inf)
+        if sinks is not None:
+            beside = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))
+            scores = jnp.concatenate([scores, beside], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[:, :, : k.shape[0]]
         return jnp.einsum("hqk,khd->qhd", weights, v).astype(q.dtype)

@@ -24,18 +24,58 @@ class Rope:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of a layer's MLP (arXiv 1701.06538, 2101.03961)."""
+    """A mixture of experts in place of a layer's MLP (arXiv 1701.06538, 2101.03961).
+
+    A token goes to the `per_token` experts with the highest scores and adds up what they return,
+    times their scores. Variants: `correction` and the groups choose, but do not weigh (DeepSeek-V3,
+    arXiv 2412.19437); `clamp` is gpt-oss's gate, min(gate, c) * sigmoid(1.702 gate) * (clip(up, -c, c) + 1).
+    """
 
     num_experts: int
     per_token: int
     intermediate_size: int  # of one expert
+    scoring: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits over all experts
+    router_bias: bool = False
+    correction: bool = False  # a bias on the scores that only the choice sees
+    groups: int = 1  # experts stand in so many groups, of which only the best `groups_kept` are open
+    groups_kept: int = 1
+    group_best: int = 1  # a group's score is the sum of its so many best experts'
     normalize: bool = True  # the chosen experts' weights add up to one
+    scale: float = 1.0  # and are then multiplied by this
+    biases: bool = False  # of each expert's matrices
+    clamp: float | None = None
     shared_size: int = 0  # width of the expert that every token sees; 0: there is none
     shared_gate: bool = False  # the shared expert's output is times sigmoid(gate . x) (Qwen2-MoE)
 
     def __post_init__(self) -> None:
         if not 0 < self.per_token <= self.num_experts:
             raise ValueError(f"{self.per_token} experts a token of {self.num_experts}")
+        if self.groups < 1 or self.num_experts % self.groups:
+            raise ValueError(f"{self.num_experts} experts do not divide into {self.groups} groups")
+        size = self.num_experts // self.groups
+        if not 0 < self.groups_kept <= self.groups or not 0 < self.group_best <= size:
+            raise ValueError(f"{self.groups_kept} of {self.groups} groups, by the {self.group_best} best of {size}")
+        if self.per_token > self.groups_kept * size:
+            raise ValueError(f"{self.per_token} experts a token of {self.groups_kept} groups of {size}")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): what the cache keeps of a token is one
+    vector of kv_rank, from which every head's key and value are projected, and one rotary key for all heads.
+    """
+
+    kv_rank: int
+    nope_dim: int  # of a head's query and key, without position
+    rope_dim: int  # behind it, rotated
+    value_dim: int  # of a head
+    q_rank: int | None  # queries too come from a smaller vector; None: from the hidden state
+    interleaved: bool = True  # the checkpoint has rotary pairs side by side; loading puts them in halves
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers a token and layer in the cache."""
+        return self.kv_rank + self.rope_dim
 
 
 @dataclass(frozen=True)
@@ -44,7 +84,7 @@ class LayerSpec:
 
     rope: Rope | None  # None: no position encoding (NoPE)
     window: int | None = None  # tokens; None sees everything before it
-    mixer: Literal["attention"] = "attention"
+    mixer: Literal["attention", "latent"] = "attention"
     ffn: Literal["gated", "experts"] = "gated"
 
 
@@ -72,12 +112,14 @@ class ModelConfig:
     mlp_bias: bool = False
     attention_scale: float = 0.0  # multiplies q.k; families.py always sets it
     attention_softcap: float | None = None
+    attention_sinks: bool = False  # a learned score a head that softmax counts beside the keys (gpt-oss)
     final_softcap: float | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tie_embeddings: bool = False
     experts: Experts | None = None  # of the layers whose ffn is "experts"
+    latent: Latent | None = None  # of the layers, all or none, whose mixer is "latent"
 
     @property
     def num_layers(self) -> int:
@@ -90,5 +132,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.experts is None and any(layer.ffn == "experts" for layer in self.layers):
             raise ValueError("layers have experts, but nothing says how many")
+        if {layer.mixer == "latent" for layer in self.layers} not in ({self.latent is not None}, set()):
+            raise ValueError("either every layer's mixer is latent and `latent` says its sizes, or none is")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads {self.num_q_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")

@@ -1,4 +1,4 @@
-"""One decoder for every dense family, driven by `ModelConfig` and its per-layer `LayerSpec`s.
+"""One decoder for every family, driven by `ModelConfig` and its per-layer `LayerSpec`s.
 
 Works on a flat token axis and knows nothing about sequences, pages or batches: `attend`
 is handed in, and decides what each token sees and what is kept for later ones.
@@ -6,7 +6,7 @@ is handed in, and decides what each token sees and what is kept for later ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,22 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
-from engine.model.layers import (
-    Params,
-    apply_rope,
-    gated_mlp,
-    linear,
-    rms_norm,
-    rope_cos_sin,
-    softcap,
-)
+from engine.model.layers import Params, gated_mlp, linear, rms_norm, rope_cos_sin, softcap
+from engine.model.mixers import MIXERS, Attend, Rotation
 from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
 from pallas_kernels.target import Target
-
-# attend(config, layer, view, cache, q[tokens, q_heads, head_dim], k[tokens, kv_heads, head_dim], v like k)
-# -> (like q, cache): a pure function; `view` is what all layers share, `cache` the layer's own state.
-Attend = Callable[[ModelConfig, LayerSpec, Any, Any, Array, Array, Array], tuple[Array, Any]]
 
 
 def hidden_states(
@@ -67,7 +56,7 @@ def _layer(
     target: Target,
     weights: Params,
     x: Array,
-    rope: tuple[Array, Array] | None,
+    rope: Rotation,
     view: Any,
     cache: Any,
 ) -> tuple[Array, Any]:
@@ -105,43 +94,6 @@ def _add_residual(config: ModelConfig, x: Array, hidden: Array, post_norm: Array
     return x + hidden * jnp.asarray(config.residual_multiplier, x.dtype)
 
 
-def _attention(
-    config: ModelConfig,
-    target: Target,
-    x: Array,
-    weights: Params,
-    rope: tuple[Array, Array] | None,
-    see: Callable[[Array, Array, Array], tuple[Array, Any]],
-) -> tuple[Array, Any]:
-    """Grouped-query attention: project, norm, rotate, attend, project back."""
-    tokens, group = x.shape[0], config.q_per_kv
-    qkv = linear(x, weights["qkv"], target)
-    if config.qkv_bias:
-        qkv = qkv + weights["qkv_bias"].reshape(1, -1)
-    qkv = qkv.reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
-    qk, v = qkv[:, :, : group + 1], qkv[:, :, group + 1]
-    qk = QK_NORMS[config.qk_norm](config, qk, weights)
-    if rope is not None:
-        qk = apply_rope(qk, *rope)
-    q, k = qk[:, :, :group], qk[:, :, group]
-    out, cache = see(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v)
-    out = linear(out.reshape(tokens, -1), weights["o"], target)
-    return out + weights["o_bias"][None] if config.output_bias else out, cache
-
-
-def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:
-    """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
-    query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
-    return rms_norm(qk, jnp.concatenate([query, weights["k_norm"][None]]), config.norm_eps)
-
-
-def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
-    """RMS over all query heads together, and over all keys together."""
-    q = rms_norm(qk[:, :, :-1], weights["q_norm"], config.norm_eps, num_axes=3)
-    k = rms_norm(qk[:, :, -1], weights["k_norm"], config.norm_eps, num_axes=2)
-    return jnp.concatenate([q, k[:, :, None]], axis=2)
-
-
 def _gated(config: ModelConfig, target: Target, x: Array, weights: Params) -> Array:
     return gated_mlp(x, weights, config.activation, mlp_block(config.intermediate_size), target)
 
@@ -161,6 +113,4 @@ def _experts(config: ModelConfig, target: Target, x: Array, weights: Params) -> 
     return out + every
 
 
-MIXERS = {"attention": _attention}
-QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}
 FFNS = {"gated": _gated, "experts": _experts}

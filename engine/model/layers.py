@@ -71,11 +71,19 @@ def gated_mlp(x: Array, weights: Params, activation: str, block: int, target: Ta
     return out + weights["down_bias"][None] if "down_bias" in weights else out
 
 
-def gated(gate_up: Array, activation: str, block: int) -> Array:
-    """act(gate) * up, [tokens, mlp], of [tokens, 2 * mlp] where they stand in turns of `block` columns."""
+def gated(gate_up: Array, activation: str, block: int, clamp: float | None = None) -> Array:
+    """act(gate) * up, [tokens, mlp], of [tokens, 2 * mlp] where they stand in turns of `block` columns.
+
+    clamp: gpt-oss's instead, see `Experts`.
+    """
     gate_up = gate_up.reshape(gate_up.shape[0], -1, 2, block)
-    gate = ACTIVATIONS[activation](gate_up[:, :, 0].astype(jnp.float32)).astype(gate_up.dtype)
-    return (gate * gate_up[:, :, 1]).reshape(gate_up.shape[0], -1)
+    gate, up = gate_up[:, :, 0].astype(jnp.float32), gate_up[:, :, 1]
+    if clamp is None:
+        gate = ACTIVATIONS[activation](gate).astype(up.dtype)
+    else:
+        gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp) + 1
+        gate = (gate * jax.nn.sigmoid(1.702 * gate)).astype(up.dtype)
+    return (gate * up).reshape(gate_up.shape[0], -1)
 
 
 def softcap(x: Array, cap: float | None) -> Array:

@@ -21,12 +21,17 @@ from pallas_kernels.target import Target
 def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, target: Target) -> Array:
     """x [tokens, embed] -> the same shape: each token's experts, weighed and added in float32."""
     tokens, k = x.shape[0], experts.per_token
-    weight, chosen = route(experts, x, weights["router"])
-    order = jnp.argsort(chosen.reshape(-1), stable=True)  # slot of (token, choice) by expert
-    sizes = jnp.zeros((experts.num_experts,), jnp.int32).at[chosen.reshape(-1)].add(1)
+    weight, chosen = route(experts, x, weights)
+    expert = chosen.reshape(-1)  # of slot (token, choice)
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.zeros((experts.num_experts,), jnp.int32).at[expert].add(1)
     hidden = _grouped(x[order // k], weights["experts_gate_up"], sizes, target)
-    hidden = gated(hidden, activation, mlp_block(experts.intermediate_size))
+    if experts.biases:
+        hidden = hidden + weights["experts_gate_up_bias"].reshape(experts.num_experts, -1)[expert[order]]
+    hidden = gated(hidden, activation, mlp_block(experts.intermediate_size), experts.clamp)
     out = _grouped(hidden, weights["experts_down"], sizes, target)
+    if experts.biases:
+        out = out + weights["experts_down_bias"][expert[order]]
     back = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=order.dtype))
     out = out[back].reshape(tokens, k, -1).astype(jnp.float32)
     return jnp.sum(out * weight[:, :, None], axis=1).astype(x.dtype)
@@ -39,11 +44,27 @@ def _grouped(x: Array, w: Array | Quantized, sizes: Array, target: Target) -> Ar
     return grouped_matmul(x, w, sizes, target=target)
 
 
-def route(experts: Experts, x: Array, router: Array) -> tuple[Array, Array]:
-    """(weight, expert) of each token's choices, float32 and int32 [tokens, per_token], heaviest first."""
+def route(experts: Experts, x: Array, weights: Params) -> tuple[Array, Array]:
+    """(weight, expert) of each token's choices, float32 and int32 [tokens, per_token], first choice first."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    scores = jnp.dot(x, router, precision=precision, preferred_element_type=jnp.float32)
-    weight, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), experts.per_token)
+    scores = jnp.dot(x, weights["router"], precision=precision, preferred_element_type=jnp.float32)
+    if experts.router_bias:
+        scores = scores + weights["router_bias"][None]
+    scores = jax.nn.softmax(scores, axis=-1) if experts.scoring == "softmax" else jax.nn.sigmoid(scores)
+    ranked = scores + weights["router_correction"][None] if experts.correction else scores
+    _, chosen = jax.lax.top_k(_in_best_groups(experts, ranked), experts.per_token)
+    weight = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.normalize:
-        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-    return weight, chosen.astype(jnp.int32)
+        weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + 1e-20)
+    return weight * experts.scale, chosen.astype(jnp.int32)
+
+
+def _in_best_groups(experts: Experts, ranked: Array) -> Array:
+    """`ranked` [tokens, experts] with -inf for the experts of closed groups (device-limited routing of DeepSeek-V2)."""
+    if experts.groups == 1:
+        return ranked
+    grouped = ranked.reshape(ranked.shape[0], experts.groups, -1)
+    best = jnp.sum(jax.lax.top_k(grouped, experts.group_best)[0], axis=-1)
+    _, kept = jax.lax.top_k(best, experts.groups_kept)
+    is_open = jnp.any(kept[:, :, None] == jnp.arange(experts.groups)[None, None], axis=1)
+    return jnp.where(is_open[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)

@@ -48,11 +48,25 @@ def _norm(*shape: int, axes: tuple[str | None, ...] = ("embed",)) -> ParamSpec:
 
 
 def _layer_specs(config: ModelConfig, layer: LayerSpec, dtype: np.dtype) -> dict[str, ParamSpec]:
-    hidden, head = config.hidden_size, config.head_dim
-    kv, group = config.num_kv_heads, config.q_per_kv
+    hidden = config.hidden_size
     specs: dict[str, ParamSpec] = {}
     if config.norm_place in ("pre", "sandwich"):
         specs["attn_norm"] = _norm(hidden)
+    specs |= _latent(config, dtype) if layer.mixer == "latent" else _attention(config, dtype)
+    if config.norm_place in ("post", "sandwich"):
+        specs["attn_post_norm"] = _norm(hidden)
+    if config.norm_place in ("pre", "sandwich"):
+        specs["mlp_norm"] = _norm(hidden)
+    specs |= _experts(config, dtype) if layer.ffn == "experts" else _mlp(config, dtype)
+    if config.norm_place in ("post", "sandwich"):
+        specs["mlp_post_norm"] = _norm(hidden)
+    return specs
+
+
+def _attention(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+    hidden, head = config.hidden_size, config.head_dim
+    kv, group = config.num_kv_heads, config.q_per_kv
+    specs: dict[str, ParamSpec] = {}
     specs["qkv"] = ParamSpec(
         (hidden, kv, group + 2, head),
         dtype,
@@ -79,13 +93,38 @@ def _layer_specs(config: ModelConfig, layer: LayerSpec, dtype: np.dtype) -> dict
     )
     if config.output_bias:
         specs["o_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
-    if config.norm_place in ("post", "sandwich"):
-        specs["attn_post_norm"] = _norm(hidden)
-    if config.norm_place in ("pre", "sandwich"):
-        specs["mlp_norm"] = _norm(hidden)
-    specs |= _experts(config, dtype) if layer.ffn == "experts" else _mlp(config, dtype)
-    if config.norm_place in ("post", "sandwich"):
-        specs["mlp_post_norm"] = _norm(hidden)
+    if config.attention_sinks:
+        specs["sinks"] = ParamSpec((kv, group), jnp.dtype(jnp.float32), ("kv_heads", None), init="zeros")
+    return specs
+
+
+def _latent(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+    """Of multi-head latent attention. k_up and v_up are apart: the absorbed form reads one before, one after."""
+    latent, hidden, heads = config.latent, config.hidden_size, config.num_q_heads
+    if latent is None:
+        raise ValueError("the config has no latent")
+    specs: dict[str, ParamSpec] = {}
+    q_from = hidden
+    if latent.q_rank is not None:
+        q_from = latent.q_rank
+        specs["q_a"] = ParamSpec((hidden, q_from), dtype, ("embed", None), fan_in=hidden, packable=True)
+        specs["q_a_norm"] = _norm(q_from, axes=(None,))
+    head = latent.nope_dim + latent.rope_dim
+    specs["q"] = ParamSpec(
+        (q_from, heads, head), dtype, (None, "q_heads", "head_dim"), fan_in=q_from, rows=1, packable=True
+    )
+    specs["kv_a"] = ParamSpec((hidden, latent.row_dim), dtype, ("embed", None), fan_in=hidden, packable=True)
+    specs["kv_a_norm"] = _norm(latent.kv_rank, axes=(None,))
+    for name, dim in (("k_up", latent.nope_dim), ("v_up", latent.value_dim)):
+        specs[name] = ParamSpec((heads, latent.kv_rank, dim), dtype, ("q_heads", None, None), fan_in=latent.kv_rank)
+    specs["o"] = ParamSpec(
+        (heads, latent.value_dim, hidden),
+        dtype,
+        ("q_heads", "head_dim", "embed"),
+        fan_in=heads * latent.value_dim,
+        rows=2,
+        packable=True,
+    )
     return specs
 
 
@@ -117,9 +156,19 @@ def _experts(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     experts, hidden = config.experts, config.hidden_size
     if experts is None:
         raise ValueError("the config has no experts")
-    specs = {"router": ParamSpec((hidden, experts.num_experts), dtype, ("embed", None), fan_in=hidden)}
-    each = _gated(hidden, experts.intermediate_size, dtype, experts.num_experts)
+    count, size, wide = experts.num_experts, experts.intermediate_size, jnp.dtype(jnp.float32)
+    specs = {"router": ParamSpec((hidden, count), dtype, ("embed", None), fan_in=hidden)}
+    if experts.router_bias:
+        specs["router_bias"] = ParamSpec((count,), wide, (None,), init="zeros")
+    if experts.correction:
+        specs["router_correction"] = ParamSpec((count,), wide, (None,), init="zeros")
+    each = _gated(hidden, size, dtype, count)
     specs |= {f"experts_{name}": spec for name, spec in each.items()}
+    if experts.biases:
+        blocks, block = size // mlp_block(size), mlp_block(size)
+        bias = ParamSpec((count, blocks, 2, block), dtype, ("experts", "mlp", None, None), init="zeros")
+        specs["experts_gate_up_bias"] = bias
+        specs["experts_down_bias"] = ParamSpec((count, hidden), dtype, ("experts", "embed"), init="zeros")
     if experts.shared_size:
         shared = _gated(hidden, experts.shared_size, dtype)
         specs |= {f"shared_{name}": spec for name, spec in shared.items()}

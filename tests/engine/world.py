@@ -17,7 +17,7 @@ import numpy as np
 from engine.config import EngineConfig
 from engine.executables import NoProgramCache, compile_all
 from engine.loop import Engine
-from engine.model.config import Experts, LayerSpec, ModelConfig, Rope
+from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope
 from engine.model.params import param_specs
 from engine.model.quantization import pack
 from engine.programs import compute_of, serving_programs
@@ -49,7 +49,20 @@ MIXED = replace(
     MODEL,
     layers=(LayerSpec(ROPE, ffn="experts"), LayerSpec(ROPE, window=24), LayerSpec(None, ffn="experts")),
     experts=Experts(num_experts=6, per_token=2, intermediate_size=24, shared_size=16, shared_gate=True),
+    attention_sinks=True,
 )
+LATENT = replace(
+    MODEL,
+    layers=(LayerSpec(ROPE, mixer="latent"), LayerSpec(ROPE, mixer="latent", ffn="experts")),
+    num_kv_heads=MODEL.num_q_heads,
+    head_dim=8 + 2 * len(ROPE.inv_freq),
+    qk_norm="none",
+    experts=Experts(
+        num_experts=8, per_token=3, intermediate_size=16, scoring="sigmoid", correction=True, groups=4, groups_kept=2,
+        group_best=2, scale=1.5,
+    ),
+    latent=Latent(kv_rank=16, nope_dim=8, rope_dim=2 * len(ROPE.inv_freq), value_dim=12, q_rank=20),
+)  # fmt: skip
 CONFIG = EngineConfig(
     dtype="float32",
     max_model_len=192,
@@ -76,6 +89,7 @@ CONFIG = EngineConfig(
 KINDS = {
     "float": (MODEL, CONFIG),
     "experts": (MIXED, CONFIG),
+    "latent": (LATENT, CONFIG),
     "packed": (MODEL, replace(CONFIG, quantization="int8", kv_cache_dtype="int8")),
 }
 

@@ -12,10 +12,30 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.model.config import LayerSpec, ModelConfig
-from engine.model.families.common import LAYER_TYPES, attention_bias, dims_of, gate_activation, layer_count, windows_of
+from engine.model.families.common import (
+    LAYER_TYPES,
+    attention_bias,
+    dims_of,
+    gate_activation,
+    granite_multipliers,
+    layer_count,
+    windows_of,
+)
+from engine.model.families.deepseek import DEEPSEEK_V2_DEFAULTS, DEEPSEEK_V3_DEFAULTS, deepseek_v2, deepseek_v3
 from engine.model.families.gemma import GEMMA2_DEFAULTS, GEMMA3_DEFAULTS, gemma2, gemma3
 from engine.model.families.keys import Keys
-from engine.model.families.moe import MIXTRAL_DEFAULTS, QWEN2_DEFAULTS, QWEN3_DEFAULTS, mixtral, qwen2_moe, qwen3_moe
+from engine.model.families.moe import (
+    GPT_OSS_DEFAULTS,
+    GRANITE_DEFAULTS,
+    MIXTRAL_DEFAULTS,
+    QWEN2_DEFAULTS,
+    QWEN3_DEFAULTS,
+    gpt_oss,
+    granite_moe,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
 from engine.model.families.qwen import qwen_layers
 
 
@@ -151,9 +171,7 @@ def _granite(keys: Keys) -> ModelConfig:
         layers=(layer,) * layer_count(keys),
         activation=gate_activation(keys),
         mlp_bias=keys.flag("mlp_bias"),
-        embedding_multiplier=keys.number("embedding_multiplier", 1.0),
-        residual_multiplier=keys.number("residual_multiplier", 1.0),
-        logits_multiplier=1.0 / keys.positive("logits_scaling", 1.0),
+        **granite_multipliers(keys),
         **attention_bias(keys),
         **dims,
     )
@@ -184,6 +202,10 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(mixtral, ("MixtralForCausalLM",), MIXTRAL_DEFAULTS),
     "qwen2_moe": Family(qwen2_moe, ("Qwen2MoeForCausalLM",), QWEN2_DEFAULTS),
     "qwen3_moe": Family(qwen3_moe, ("Qwen3MoeForCausalLM",), QWEN3_DEFAULTS),
+    "granitemoe": Family(granite_moe, ("GraniteMoeForCausalLM",), GRANITE_DEFAULTS),
+    "gpt_oss": Family(gpt_oss, ("GptOssForCausalLM",), GPT_OSS_DEFAULTS),
+    "deepseek_v2": Family(deepseek_v2, ("DeepseekV2ForCausalLM",), DEEPSEEK_V2_DEFAULTS),
+    "deepseek_v3": Family(deepseek_v3, ("DeepseekV3ForCausalLM",), DEEPSEEK_V3_DEFAULTS),
     "smollm3": Family(_smollm3, ("SmolLM3ForCausalLM",),
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
                        "max_position_embeddings": 32_768, "num_key_value_heads": 4}),

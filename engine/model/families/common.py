@@ -47,6 +47,14 @@ def attention_bias(keys: Keys) -> dict[str, bool]:
     return {"qkv_bias": bias, "output_bias": bias}
 
 
+def granite_multipliers(keys: Keys) -> dict[str, float]:
+    return {
+        "embedding_multiplier": keys.number("embedding_multiplier", 1.0),
+        "residual_multiplier": keys.number("residual_multiplier", 1.0),
+        "logits_multiplier": 1.0 / keys.positive("logits_scaling", 1.0),
+    }
+
+
 def windows_of(keys: Keys, layer_types: list[str], key: str = "sliding_window") -> list[int | None]:
     """The window of each layer, in tokens."""
     if "sliding_attention" not in layer_types:

@@ -1,4 +1,4 @@
-"""Families whose layers hold a mixture of experts: Mixtral, Qwen2-MoE, Qwen3-MoE."""
+"""Families whose layers hold a mixture of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, Granite-MoE, gpt-oss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from engine.model.config import Experts, LayerSpec, ModelConfig
-from engine.model.families.common import attention_bias, dims_of, gate_activation, layer_count
+from engine.model.families.common import (
+    LAYER_TYPES,
+    attention_bias,
+    dims_of,
+    gate_activation,
+    granite_multipliers,
+    layer_count,
+    windows_of,
+)
 from engine.model.families.keys import Keys
 from engine.model.families.qwen import qwen_layers
 
@@ -26,6 +34,16 @@ QWEN2_DEFAULTS = QWEN_DEFAULTS | {
 }  # fmt: skip
 QWEN3_DEFAULTS = QWEN_DEFAULTS | {
     "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+GRANITE_DEFAULTS: dict[str, Any] = {
+    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 2048,
+}  # fmt: skip
+GPT_OSS_DEFAULTS: dict[str, Any] = {
+    "num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131_072, "head_dim": 64, "num_key_value_heads": 8, "attention_bias": True,
+    "rope_theta": 150_000.0,
 }  # fmt: skip
 
 
@@ -78,6 +96,54 @@ def _qwen(family: str, keys: Keys, shared: dict[str, Any], **fields: Any) -> Mod
         activation=gate_activation(keys),
         experts=experts,
         **fields,
+        **dims,
+    )
+
+
+def granite_moe(keys: Keys) -> ModelConfig:
+    dims = dims_of(keys)
+    _skip(keys)
+    layer = LayerSpec(keys.rope(dims["head_dim"]), ffn="experts")
+    dims["attention_scale"] = keys.number("attention_multiplier", 1.0)
+    return ModelConfig(
+        family="granitemoe",
+        layers=(layer,) * layer_count(keys),
+        activation=gate_activation(keys),
+        experts=Experts(
+            num_experts=keys.count("num_local_experts"),
+            per_token=keys.count("num_experts_per_tok"),
+            intermediate_size=dims["intermediate_size"],
+        ),
+        **granite_multipliers(keys),
+        **attention_bias(keys),
+        **dims,
+    )
+
+
+def gpt_oss(keys: Keys) -> ModelConfig:
+    """OpenAI's gpt-oss: sinks, windows in every other layer, a clamped gate, biases everywhere."""
+    dims = dims_of(keys)
+    _skip(keys)
+    keys.neutral("swiglu_alpha", 1.702)
+    keys.value("initial_context_length")  # of training; rope_scaling has it too
+    num_layers = layer_count(keys)
+    kinds = keys.per_layer("layer_types", num_layers, LAYER_TYPES)
+    windows = windows_of(keys, kinds or [LAYER_TYPES[i % 2 == 0] for i in range(num_layers)])
+    rope = keys.rope(dims["head_dim"])
+    return ModelConfig(
+        family="gpt_oss",
+        layers=tuple(LayerSpec(rope, window, ffn="experts") for window in windows),
+        activation=gate_activation(keys),
+        attention_sinks=True,
+        experts=Experts(
+            num_experts=keys.count(keys.spelling("num_local_experts", "num_experts")),
+            per_token=keys.count(keys.spelling("num_experts_per_tok", "experts_per_token")),
+            intermediate_size=dims["intermediate_size"],
+            router_bias=True,
+            biases=True,
+            clamp=keys.positive("swiglu_limit", 7.0),
+        ),
+        **attention_bias(keys),
         **dims,
     )
 

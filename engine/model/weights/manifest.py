@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from engine.errors import ModelError
-from engine.model.config import Experts, LayerSpec, ModelConfig, Rope
+from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope
 from engine.model.weights.checkpoint import Dtype
 
 MANIFEST = "octavo.json"
+PARTS = {"experts": Experts, "latent": Latent}  # fields of ModelConfig that are None or one of these
 VERSION = 1
 
 
@@ -35,8 +36,9 @@ def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
         for spec in manifest.config.layers
     ]
     fields = {f.name: getattr(manifest.config, f.name) for f in dataclasses.fields(ModelConfig)}
-    if manifest.config.experts is not None:
-        fields["experts"] = dataclasses.asdict(manifest.config.experts)
+    for name in PARTS:
+        if fields[name] is not None:
+            fields[name] = dataclasses.asdict(fields[name])
     return {
         "format": "octavo",
         "version": VERSION,
@@ -60,9 +62,9 @@ def manifest_from_dict(data: Mapping[str, Any], where: str) -> Manifest:
             LayerSpec(**{**spec, "rope": None if spec["rope"] is None else ropes[spec["rope"]]})
             for spec in data["config"]["layers"]
         )
-        experts = data["config"].get("experts")
-        experts = None if experts is None else Experts(**experts)
-        config = ModelConfig(**{**data["config"], "layers": layers, "experts": experts})
+        parts = {name: data["config"].get(name) for name in PARTS}
+        parts = {name: None if part is None else PARTS[name](**part) for name, part in parts.items()}
+        config = ModelConfig(**{**data["config"], "layers": layers, **parts})
         return Manifest(config, data["dtype"], tuple(map(int, data["end_token_ids"])))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{where}: not a model description that this version can read: {error!r}") from error

@@ -6,9 +6,10 @@ array, with axes in the stored order, that its rows fill one after the other.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,14 +20,22 @@ View = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Piece:
-    """One stored tensor of a parameter. `offset` is added (Gemma stores norm weights minus one)."""
+    """One stored tensor of a parameter.
+
+    `offset` is added (Gemma stores norm weights minus one). `shape` is the stored shape where it does not
+    follow from the views. `select` takes this parameter's rows, in our order, out of a tensor of that shape.
+    """
 
     name: str
     views: tuple[View, ...]
     offset: float = 0.0
+    shape: tuple[int, ...] | None = None
+    select: View | None = None
 
     def stored_shape(self, array: np.ndarray) -> tuple[int, ...]:
         """The shape the file must have for a parameter of `array`'s shape (no data is read)."""
+        if self.shape is not None:
+            return self.shape
         views = [view(array) for view in self.views]
         if self.name.endswith(("norm.weight", ".bias")):
             return (sum(v.size for v in views),)
@@ -34,6 +43,12 @@ class Piece:
 
     def fill(self, array: np.ndarray, stored: np.ndarray) -> None:
         """Write the stored tensor into its places in `array`, converted to array's dtype."""
+        if self.shape is not None:
+            (view,) = self.views
+            target = view(array)
+            stored = stored if self.select is None else self.select(stored)
+            _assign(target, stored.reshape(target.shape), self.offset)
+            return
         start = 0
         for view in self.views:
             target = view(array)
@@ -88,6 +103,7 @@ def _up(array: np.ndarray) -> np.ndarray:
 
 
 Row = tuple[tuple[str, tuple[View, ...]], ...]
+Pieces = tuple[Piece, ...]  # of a parameter of a layer, names still within "layers.{i}."
 
 # Our name within a layer -> stored names within "layers.{i}." and the views that they fill.
 _SPLIT: dict[str, Row] = {
@@ -114,39 +130,137 @@ _FUSED: dict[str, Row] = {
     "gate_up": (("mlp.gate_up_proj.weight", (_gate, _up)),),
 }
 
-# An expert's tensors, and how Mixtral calls what the others call mlp, gate_proj, up_proj and down_proj.
-_EXPERT_NAMES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
-_OF_EXPERTS = ("mlp", "gate_proj", "up_proj", "down_proj")
+# Where a family keeps its experts: block, router, expert and its three matrices, the one for every token.
+_MIXTRAL = ("block_sparse_moe", "gate.weight", "w1", "w3", "w2", "")
+_EXPERT_NAMES = {"mixtral": _MIXTRAL}
+_OF_EXPERTS = ("mlp", "gate.weight", "gate_proj", "up_proj", "down_proj", "shared_expert")
+_SHARED = {"deepseek_v2": "shared_experts", "deepseek_v3": "shared_experts"}
 
 
-def _expert_row(config: ModelConfig, name: str) -> Row | None:
-    """Where the parts of a mixture of experts come from; None for other parameters."""
-    block, gate, up, down = _EXPERT_NAMES.get(config.family, _OF_EXPERTS)
+def _expert_pieces(config: ModelConfig, name: str) -> Pieces:
+    """Of one tensor for each expert and matrix."""
+    experts = config.experts
+    if experts is None:
+        raise ValueError("the config has no experts")
+    block, router, gate, up, down, shared = _EXPERT_NAMES.get(config.family, _OF_EXPERTS)
+    shared = f"{block}.{_SHARED.get(config.family, shared)}"
+    halves: dict[str, Row] = {"gate_up": ((gate, (_gate,)), (up, (_up,))), "down": ((down, (_transposed,)),)}
     if name == "router":
-        return ((f"{block}.gate.weight", (_transposed,)),)
+        return (Piece(f"{block}.{router}", (_transposed,)),)
+    if name == "router_correction":
+        return (Piece(f"{block}.gate.e_score_correction_bias", (_whole,), shape=(experts.num_experts,)),)
     if name == "shared_gate":
-        return ((f"{block}.shared_expert_gate.weight", (_transposed,)),)
+        return (Piece(f"{block}.shared_expert_gate.weight", (_transposed,)),)
     if name.startswith("shared_"):
-        where = f"{block}.shared_expert."
-        rows: dict[str, Row] = {
-            "shared_gate_up": ((f"{where}{gate}.weight", (_gate,)), (f"{where}{up}.weight", (_up,))),
-            "shared_down": ((f"{where}{down}.weight", (_transposed,)),),
-        }
-        return rows[name]
-    if not name.startswith("experts_") or config.experts is None:
-        return None
-    parts: tuple[tuple[str, View], ...] = (
-        ((gate, _gate), (up, _up)) if name == "experts_gate_up" else ((down, _transposed),)
-    )
+        return tuple(
+            Piece(f"{shared}.{stored}.weight", views) for stored, views in halves[name.removeprefix("shared_")]
+        )
     return tuple(
-        (f"{block}.experts.{expert}.{stored}.weight", (_of(expert, view),))
-        for expert in range(config.experts.num_experts)
-        for stored, view in parts
+        Piece(f"{block}.experts.{expert}.{stored}.weight", (_of(expert, view),))
+        for expert in range(experts.num_experts)
+        for stored, (view,) in halves[name.removeprefix("experts_")]
     )
 
 
 def _of(expert: int, view: View) -> View:
     return lambda array: view(array[expert])
+
+
+def _granite_expert_pieces(config: ModelConfig, name: str) -> Pieces:
+    """One tensor for all experts, [experts, out, in], gate before up."""
+    experts, hidden = config.experts, config.hidden_size
+    if experts is None:
+        raise ValueError("the config has no experts")
+    count, size = experts.num_experts, experts.intermediate_size
+    where = "block_sparse_moe."
+    pieces = {
+        "router": Piece(f"{where}router.layer.weight", (_transposed,)),
+        # [experts, embed, blocks, 2, block] seen as [experts, 2, blocks, block, embed]
+        "experts_gate_up": Piece(
+            f"{where}input_linear.weight", (lambda a: a.transpose(0, 3, 2, 4, 1),), shape=(count, 2 * size, hidden)
+        ),
+        "experts_down": Piece(
+            f"{where}output_linear.weight", (lambda a: a.transpose(0, 2, 1),), shape=(count, hidden, size)
+        ),
+    }
+    return (pieces[name],)
+
+
+def _gpt_oss_expert_pieces(config: ModelConfig, name: str) -> Pieces:
+    """One tensor for all experts, [experts, in, out], gate and up in turns of one column."""
+    experts, hidden = config.experts, config.hidden_size
+    if experts is None:
+        raise ValueError("the config has no experts")
+    count, size = experts.num_experts, experts.intermediate_size
+    in_turns = (lambda a: np.swapaxes(a, -1, -2),)  # [..., blocks, 2, block] seen as [..., blocks, block, 2]
+    where = "mlp.experts."
+    pieces = {
+        "router": Piece("mlp.router.weight", (_transposed,)),
+        "router_bias": Piece("mlp.router.bias", (_whole,)),
+        "experts_gate_up": Piece(f"{where}gate_up_proj", in_turns, shape=(count, hidden, 2 * size)),
+        "experts_gate_up_bias": Piece(f"{where}gate_up_proj_bias", in_turns, shape=(count, 2 * size)),
+        "experts_down": Piece(f"{where}down_proj", (_whole,), shape=(count, size, hidden)),
+        "experts_down_bias": Piece(f"{where}down_proj_bias", (_whole,), shape=(count, hidden)),
+    }
+    return (pieces[name],)
+
+
+_EXPERT_PIECES = {"granitemoe": _granite_expert_pieces, "gpt_oss": _gpt_oss_expert_pieces}
+
+
+def _latent_pieces(config: ModelConfig, name: str) -> Pieces:
+    """DeepSeek's projections. Rotary rows that stand in pairs are put in halves, of queries and keys alike."""
+    latent, heads = config.latent, config.num_q_heads
+    if latent is None:
+        raise ValueError("the config has no latent")
+    q_from, q_name = (config.hidden_size, "q_proj") if latent.q_rank is None else (latent.q_rank, "q_b_proj")
+    head, up = latent.nope_dim + latent.rope_dim, latent.nope_dim + latent.value_dim
+    kv_b = "self_attn.kv_b_proj.weight"
+
+    def piece(stored: str, views: View, shape: tuple[int, int], select: View | None = None) -> Pieces:
+        return (Piece(stored, (views,), shape=shape, select=select),)
+
+    def heads_of(array: np.ndarray) -> np.ndarray:
+        return array.reshape(heads, -1, array.shape[-1])
+
+    swapped = functools.partial(np.swapaxes, axis1=1, axis2=2)
+    rotary = functools.partial(_halves, latent.rope_dim, latent.interleaved)
+    rows: dict[str, Callable[[], Pieces]] = {
+        "q_a": lambda: piece("self_attn.q_a_proj.weight", _transposed, (q_from, config.hidden_size)),
+        "q_a_norm": lambda: (Piece("self_attn.q_a_layernorm.weight", (_whole,), shape=(q_from,)),),
+        "q": lambda: piece(
+            f"self_attn.{q_name}.weight",
+            lambda a: np.moveaxis(a, 0, -1),
+            (heads * head, q_from),
+            lambda stored: rotary(heads_of(stored)),
+        ),
+        "kv_a": lambda: piece(
+            "self_attn.kv_a_proj_with_mqa.weight",
+            _transposed,
+            (latent.row_dim, config.hidden_size),
+            lambda stored: rotary(stored[None])[0],
+        ),
+        "kv_a_norm": lambda: (Piece("self_attn.kv_a_layernorm.weight", (_whole,), shape=(latent.kv_rank,)),),
+        "k_up": lambda: piece(
+            kv_b, swapped, (heads * up, latent.kv_rank), lambda stored: heads_of(stored)[:, : latent.nope_dim]
+        ),
+        "v_up": lambda: piece(
+            kv_b, swapped, (heads * up, latent.kv_rank), lambda stored: heads_of(stored)[:, latent.nope_dim :]
+        ),
+        "o": lambda: (Piece("self_attn.o_proj.weight", (_out,)),),
+    }
+    return rows[name]()
+
+
+def _halves(rope_dim: int, interleaved: bool, rows: np.ndarray) -> np.ndarray:
+    """[heads, rows, in] with the last rope_dim rows of each head, (0, 1), (2, 3), ..., as 0, 2, ..., 1, 3, ..."""
+    if not interleaved:
+        return rows
+    rotary = rows[:, -rope_dim:]
+    return np.concatenate([rows[:, :-rope_dim], rotary[:, ::2], rotary[:, 1::2]], axis=1)
+
+
+_OF_LATENT = frozenset({"q_a", "q_a_norm", "q", "kv_a", "kv_a_norm", "k_up", "v_up", "o"})
 
 
 # What a family's layers spell differently from `_SPLIT`.
@@ -178,14 +292,27 @@ def pieces(config: ModelConfig, param: str, prefix: str, head: str) -> Iterator[
         yield Piece(f"{prefix}norm.weight", (_whole,), NORM_OFFSET.get(config.family, 0.0))
     else:
         layer, name = param.removeprefix("layers.").split(".", 1)
-        row = LAYER_ROWS.get(config.family, {}).get(name) or _expert_row(config, name) or _SPLIT[name]
-        offset = NORM_OFFSET.get(config.family, 0.0) if name.endswith("norm") else 0.0
-        for stored, views in row:
-            yield Piece(f"{prefix}layers.{layer}.{stored}", views, offset)
+        for piece in _layer_pieces(config, name):
+            yield replace(piece, name=f"{prefix}layers.{layer}.{piece.name}")
+
+
+def _layer_pieces(config: ModelConfig, name: str) -> Pieces:
+    """Names within "layers.{i}."."""
+    if name.startswith(("experts_", "shared_", "router")):
+        return _EXPERT_PIECES.get(config.family, _expert_pieces)(config, name)
+    if config.latent is not None and name in _OF_LATENT:
+        return _latent_pieces(config, name)
+    if name == "sinks":
+        return (Piece("self_attn.sinks", (_whole,), shape=(config.num_q_heads,)),)
+    row = LAYER_ROWS.get(config.family, {}).get(name) or _SPLIT[name]
+    offset = NORM_OFFSET.get(config.family, 0.0) if name.endswith("norm") else 0.0
+    return tuple(Piece(stored, views, offset) for stored, views in row)
 
 
 def ignored(config: ModelConfig, name: str) -> bool:
     """True for a stored tensor that the decoder has no use for."""
     if config.tie_embeddings and name in HEADS:
         return True
+    if config.family == "deepseek_v3" and name.startswith(f"model.layers.{config.num_layers}."):
+        return True  # the layer that predicts a second token, for speculation
     return name.endswith(IGNORED_ENDINGS) or name.startswith(IGNORED_STARTS.get(config.family, ()))

@@ -1,0 +1,99 @@
+"""How a layer's tokens see each other: projections, norms and rotation around `attend`.
+
+`attend` is handed in and decides what each token sees and what is kept for later ones; nothing is
+known here about sequences, pages or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model.config import LayerSpec, ModelConfig
+from engine.model.layers import Params, apply_rope, linear, rms_norm
+from pallas_kernels.target import Target
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionInput:
+    """What a layer brings to attention.
+
+    Latent (`Latent`): k is the cache's one vector a token, v is None, and k_up and v_up project each
+    head's key and value from its first kv_rank numbers; the rest is the rotary part of all heads' keys.
+    """
+
+    q: Array  # [tokens, q_heads, head_dim]
+    k: Array  # [tokens, kv_heads, head_dim]; latent: [tokens, 1, row_dim]
+    v: Array | None  # like k
+    sinks: Array | None = None  # float32 [q_heads]
+    k_up: Array | None = None  # [q_heads, kv_rank, nope_dim]
+    v_up: Array | None = None  # [q_heads, kv_rank, value_dim]
+
+
+# attend(config, layer, view, cache, brought) -> (values [tokens, q_heads, head_dim or value_dim], cache):
+# a pure function; `view` is what all layers share, `cache` the layer's own state.
+Attend = Callable[[ModelConfig, LayerSpec, Any, Any, AttentionInput], tuple[Array, Any]]
+See = Callable[[AttentionInput], tuple[Array, Any]]
+Rotation = tuple[Array, Array] | None  # cos and sin of the tokens' positions
+
+
+def attention(
+    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+) -> tuple[Array, Any]:
+    """Grouped-query attention: project, norm, rotate, attend, project back."""
+    tokens, group = x.shape[0], config.q_per_kv
+    qkv = linear(x, weights["qkv"], target)
+    if config.qkv_bias:
+        qkv = qkv + weights["qkv_bias"].reshape(1, -1)
+    qkv = qkv.reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
+    qk, v = qkv[:, :, : group + 1], qkv[:, :, group + 1]
+    qk = QK_NORMS[config.qk_norm](config, qk, weights)
+    if rope is not None:
+        qk = apply_rope(qk, *rope)
+    q, k = qk[:, :, :group], qk[:, :, group]
+    sinks = weights["sinks"].reshape(-1) if config.attention_sinks else None
+    out, cache = see(AttentionInput(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v, sinks))
+    out = linear(out.reshape(tokens, -1), weights["o"], target)
+    return out + weights["o_bias"][None] if config.output_bias else out, cache
+
+
+def latent_attention(
+    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+) -> tuple[Array, Any]:
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1)."""
+    latent, tokens = config.latent, x.shape[0]
+    if latent is None or rope is None:
+        raise ValueError("latent attention needs its sizes and a rope")
+    queries = x
+    if latent.q_rank is not None:
+        queries = rms_norm(linear(x, weights["q_a"], target), weights["q_a_norm"], config.norm_eps)
+    q = linear(queries, weights["q"], target).reshape(tokens, config.num_q_heads, -1)
+    q = jnp.concatenate([q[..., : latent.nope_dim], apply_rope(q[..., latent.nope_dim :], *rope)], axis=-1)
+    row = linear(x, weights["kv_a"], target)
+    compressed = rms_norm(row[:, : latent.kv_rank], weights["kv_a_norm"], config.norm_eps)
+    row = jnp.concatenate([compressed, apply_rope(row[:, latent.kv_rank :], *rope)], axis=-1)
+    out, cache = see(AttentionInput(q, row[:, None], None, k_up=weights["k_up"], v_up=weights["v_up"]))
+    return linear(out.reshape(tokens, -1), weights["o"], target), cache
+
+
+def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:
+    """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
+    query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
+    return rms_norm(qk, jnp.concatenate([query, weights["k_norm"][None]]), config.norm_eps)
+
+
+def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
+    """RMS over all query heads together, and over all keys together."""
+    q = rms_norm(qk[:, :, :-1], weights["q_norm"], config.norm_eps, num_axes=3)
+    k = rms_norm(qk[:, :, -1], weights["k_norm"], config.norm_eps, num_axes=2)
+    return jnp.concatenate([q, k[:, :, None]], axis=2)
+
+
+MIXERS = {"attention": attention, "latent": latent_attention}
+QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}
