@@ -38,7 +38,6 @@ def llama(**changes: Any) -> dict[str, Any]:
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": [["x"]]}, "architectures"),
         ({"hidden_act": "relu2"}, "hidden_act = 'relu2'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
         ({"sliding_window": 128}, "sliding_window = 128"),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ({"rope_interleaved": True}, "rope_interleaved = True"),

@@ -34,7 +34,8 @@ _INERT_KEYS = """
     suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty
 """
-INERT = frozenset(_INERT_KEYS.split())
+# How weights are stored, which is the loader's to read or refuse (`weights/hf_packed.py`).
+INERT = frozenset({*_INERT_KEYS.split(), "quantization_config"})
 INERT_ENDINGS = ("dropout", "dropout_prob", "_pdrop")  # dropout is for training
 
 
@@ -171,7 +172,4 @@ class Keys:
             inert = key in INERT or key.endswith(INERT_ENDINGS)
             if key in self._read or inert or value is None or value is False or value in ([], {}):
                 continue
-            if key == "quantization_config":
-                raise ModelError(f"config.json: quantization_config = {value!r}: quantized Hugging Face "
-                                 "checkpoints are not supported yet")  # fmt: skip
             raise ModelError(f"config.json: {key} = {value!r} is not known for {family} and could change its results")

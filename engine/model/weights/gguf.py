@@ -25,7 +25,7 @@ from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeigh
 from engine.model.weights.gguf_config import ROPE_FACTORS, ROPE_FREQS, gguf_model_config
 from engine.model.weights.gguf_packed import PACKINGS, unpacked_rows
 from engine.model.weights.names import Piece, pieces
-from engine.model.weights.packed import StoredTensor, blocks, empty, stored_weight
+from engine.model.weights.packed import QuantizedTensor, blocks, empty, stored_weight
 from sharding.params import ParamSpec
 
 NUM_THREADS = 2  # numpy releases the lock while it expands a block
@@ -87,12 +87,12 @@ class GgufCheckpoint:
         }
         return {param: weight for param, weight in found.items() if weight is not None}
 
-    def _stored_tensor(self, piece: Piece) -> StoredTensor | None:
+    def _stored_tensor(self, piece: Piece) -> QuantizedTensor | None:
         info = self.file.tensors[gguf_name(self.config, piece.name)]
         if info.kind in FLOATS:
             return None
         packing = PACKINGS.get(info.kind, "a type that is only dequantized")
-        return StoredTensor(info.kind.name, info.num_rows * info.row_bytes, packing)
+        return QuantizedTensor(info.kind.name, info.num_rows * info.row_bytes, packing)
 
     def load(
         self, specs: Mapping[str, ParamSpec], put: Put[T], packings: Mapping[str, Packing] = NO_PACKINGS

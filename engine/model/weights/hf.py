@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from engine.model.families import model_config
 from engine.model.packing import Packing
 from engine.model.params import param_specs
 from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
+from engine.model.weights.hf_packed import ENDINGS, Scheme
 from engine.model.weights.names import HEADS, PREFIXES, Piece, ignored, pieces
+from engine.model.weights.packed import QuantizedTensor, empty, fill, stored_weight
+from engine.model.weights.schemes import scheme_of
+from pallas_kernels.quantized import Quantized
 from sharding.params import ParamSpec
 
 INDEX = "model.safetensors.index.json"
@@ -31,6 +36,8 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_JSON_BYTES = 50_000_000
 # Stored dtypes that hold weights; float16 is served as bfloat16 unless float32 is asked for.
 DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+# Read by hand: safetensors has no numpy type for them.
+FLOAT8: dict[str, Any] = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
               "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 
@@ -42,6 +49,7 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0  # byte of the file
 
     @property
     def num_bytes(self) -> int:
@@ -58,32 +66,92 @@ class HfCheckpoint:
     end_token_ids: tuple[int, ...]
     tensors: Mapping[str, StoredTensor]
     prefix: str  # of the decoder's tensor names
+    scheme: Scheme | None = None  # of a quantized folder
 
     def pieces(self, param: str) -> list[Piece]:
         head = next((name for name in HEADS if name in self.tensors), HEADS[0])
         return list(pieces(self.config, param, self.prefix, head))
 
     def stored(self, specs: Mapping[str, ParamSpec]) -> dict[str, StoredWeight]:
-        return {}
+        found = {
+            param: stored_weight(spec, [self._quantized(piece, spec) for piece in self.pieces(param)])
+            for param, spec in specs.items()
+        }
+        return {param: weight for param, weight in found.items() if weight is not None}
+
+    def _quantized(self, piece: Piece, spec: ParamSpec) -> QuantizedTensor | None:
+        names = self.scheme_tensors(piece, spec)
+        if names is None or self.scheme is None:
+            return None
+        with self._naming(piece):
+            kind, packing, note = self.scheme.packing(*self._at(piece, spec))
+        return QuantizedTensor(kind, sum(self.tensors[name].num_bytes for name in names), packing, note)
+
+    def scheme_tensors(
+        self, piece: Piece, spec: ParamSpec
+    ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]] | None:
+        """name -> (allowed dtypes, shape) of the tensors that stand for `piece`; None: it is not quantized."""
+        if self.scheme is None or not piece.name.endswith(".weight"):
+            return None
+        shape, stem = piece.stored_shape(_shape_only(spec)), piece.name.removesuffix(".weight")
+        found = self.scheme.tensors(stem, *shape, self._dtypes(stem)) if len(shape) == 2 else None
+        return None if found is None else {f"{stem}.{name}": wanted for name, wanted in found.items()}
+
+    def _at(self, piece: Piece, spec: ParamSpec) -> tuple[str, int, dict[str, str], Callable[[str], np.ndarray]]:
+        """stem, numbers a row, dtypes and reader of a quantized weight."""
+        stem = piece.name.removesuffix(".weight")
+        k = piece.stored_shape(_shape_only(spec))[1]
+        return stem, k, self._dtypes(stem), lambda name: self._read(f"{stem}.{name}")
+
+    def _dtypes(self, stem: str) -> dict[str, str]:
+        names = {name: self.tensors.get(f"{stem}.{name}") for name in ENDINGS}
+        return {name: tensor.dtype for name, tensor in names.items() if tensor is not None}
+
+    @contextmanager
+    def _naming(self, piece: Piece) -> Iterator[None]:
+        """Errors of a scheme name the folder and the weight."""
+        try:
+            yield
+        except ModelError as error:
+            raise ModelError(f"{self.source}: {piece.name}: {error}") from error
 
     def load(
         self, specs: Mapping[str, ParamSpec], put: Put[T], packings: Mapping[str, Packing] = NO_PACKINGS
     ) -> dict[str, T]:
         out = {}
         for param, spec in specs.items():
-            array = np.empty(spec.shape, spec.dtype)
+            packing = packings.get(param)
+            target = np.empty(spec.shape, spec.dtype) if packing is None else empty(spec, packing)
             for piece in self.pieces(param):
-                piece.fill(array, self._read(piece.name))
-            out[param] = put(param, array)
+                self._fill(target, piece, spec, packing)
+            out[param] = put(param, target)
         return out
 
+    def _fill(self, target: np.ndarray | Quantized, piece: Piece, spec: ParamSpec, packing: Packing | None) -> None:
+        rows = None
+        if self.scheme is not None and self.scheme_tensors(piece, spec) is not None:
+            with self._naming(piece):
+                rows = self.scheme.read(*self._at(piece, spec))
+        if isinstance(target, Quantized):
+            if rows is None or packing is None:
+                raise ModelError(f"{self.source}: {piece.name} is not quantized and cannot stay packed")
+            fill(target, piece, rows, packing)
+        else:
+            piece.fill(target, self._read(piece.name) if rows is None else rows.float32())
+
     def _read(self, name: str) -> np.ndarray:
-        file = self.tensors[name].file
+        tensor = self.tensors[name]
+        file = tensor.file
         try:
+            if tensor.dtype in FLOAT8:
+                with file.open("rb") as raw:
+                    raw.seek(tensor.start)
+                    found = np.frombuffer(raw.read(tensor.num_bytes), FLOAT8[tensor.dtype])
+                return found.reshape(tensor.shape)
             # Opened for each tensor: closing unmaps the file, so pages read stay out of the peak RSS.
             with safe_open(file, framework="numpy") as opened:
                 return opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{file}: cannot read tensor {name}: {error}") from error
 
 
@@ -100,7 +168,7 @@ def open_hf(folder: Path, max_model_len: int | None = None) -> HfCheckpoint:
         tensors.update(header)
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), PREFIXES[0])
     dtype = _native_dtype(tensors.values())
-    checkpoint = HfCheckpoint(config, folder, dtype, _end_token_ids(folder, hf), tensors, prefix)
+    checkpoint = HfCheckpoint(config, folder, dtype, _end_token_ids(folder, hf), tensors, prefix, scheme_of(hf))
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -150,7 +218,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     tensors, spans = {}, []
     for name, entry in header.items():
         if name != "__metadata__":
-            tensors[name], span = _tensor_entry(file, name, entry, size - 8 - length)
+            tensor, span = _tensor_entry(file, name, entry, size - 8 - length)
+            tensors[name] = replace(tensor, start=8 + length + span[0])
             spans.append((*span, name))
     _check_spans(file, spans, size - 8 - length)
     return tensors
@@ -192,6 +261,11 @@ def _check_tensors(checkpoint: HfCheckpoint) -> None:
     for param, spec in param_specs(checkpoint.config, np.dtype(np.float32)).items():
         shape_only = _shape_only(spec)
         for piece in checkpoint.pieces(param):
+            quantized = checkpoint.scheme_tensors(piece, spec)
+            if quantized is not None:
+                _check_quantized(checkpoint, quantized)
+                used.update(quantized)
+                continue
             stored = tensors.get(piece.name)
             if stored is None:
                 raise ModelError(f"{where}: tensor {piece.name} is missing")
@@ -207,6 +281,18 @@ def _check_tensors(checkpoint: HfCheckpoint) -> None:
         if name not in used and not ignored(checkpoint.config, name):
             raise ModelError(f"{stored.file}: tensor {name} is not a part of a {checkpoint.config.family} model "
                              "with this config")  # fmt: skip
+
+
+def _check_quantized(checkpoint: HfCheckpoint, wanted: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> None:
+    for name, (dtypes, shape) in wanted.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            raise ModelError(f"{checkpoint.source}: tensor {name} is missing")
+        if stored.shape != shape:
+            raise ModelError(f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the config and its "
+                             f"quantization_config need {list(shape)}")  # fmt: skip
+        if stored.dtype not in dtypes:
+            raise ModelError(f"{stored.file}: tensor {name} has dtype {stored.dtype}; supported: {', '.join(dtypes)}")
 
 
 def _shape_only(spec: ParamSpec) -> np.ndarray:

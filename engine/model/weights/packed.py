@@ -29,43 +29,49 @@ BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: fits a core's cache
 class PackedRows:
     """`count` rows of a tensor, unpacked to a byte a number.
 
-    numbers: uint8 [count, K] from 0 to 15 for int4, else int8 or float8. scales and offsets:
-    float32 [count, groups]. Symmetric int4 (offsets None) stands for number - 8.
+    numbers: uint8 [count, K] from 0 to 15 for int4, else int8 or float8. scales and either offsets,
+    which are added to the products, or zeros, which are taken from the numbers: float32 [count,
+    groups]. Symmetric int4 (neither of the two) stands for number - 8.
     group_of: int [K], the group of each number where they are not in order (act-order).
     """
 
     numbers: np.ndarray
     scales: np.ndarray
     offsets: np.ndarray | None = None
+    zeros: np.ndarray | None = None
     group_of: np.ndarray | None = None
 
     def float32(self) -> np.ndarray:
-        """What they stand for [count, K]: number * scale + offset, each operation rounded once."""
+        """What they stand for [count, K]: (number - zero) * scale + offset, each operation rounded once."""
         wide = self.numbers.astype(np.float32)
-        if self.numbers.dtype == np.uint8 and self.offsets is None:
+        if self.zeros is not None:
+            wide -= self._spread(self.zeros)
+        elif self.numbers.dtype == np.uint8 and self.offsets is None:
             wide -= 8
-        if self.group_of is not None:
-            scales, offsets = self.scales[:, self.group_of], self.offsets
-            wide *= scales
-            return wide if offsets is None else wide + offsets[:, self.group_of]
-        groups = self.scales.shape[1]
-        wide = wide.reshape(len(wide), groups, -1)
-        wide *= self.scales[:, :, None]
+        wide *= self._spread(self.scales)
         if self.offsets is not None:
-            wide += self.offsets[:, :, None]
-        return wide.reshape(len(wide), -1)
+            wide += self._spread(self.offsets)
+        return wide
+
+    def _spread(self, of_groups: np.ndarray) -> np.ndarray:
+        """[count, K] of [count, groups]."""
+        if self.group_of is not None:
+            return of_groups[:, self.group_of]
+        return np.repeat(of_groups, self.numbers.shape[1] // of_groups.shape[1], axis=1)
 
     def leaves(self, packing: Packing) -> list[np.ndarray]:
         """values, scales and, unless symmetric, offsets [count, rows of the leaf], as `packing` keeps them."""
         groups = self.numbers.shape[1] // (packing.group or self.numbers.shape[1])
         repeats = groups // self.scales.shape[1]
         scales, offsets, numbers = self.scales, self.offsets, self.numbers
+        if self.zeros is not None:
+            offsets = -self.zeros * scales
         if offsets is None and not packing.symmetric:
             offsets = scales * np.float32(-8 if numbers.dtype == np.uint8 and packing.format == "int4" else 0)
         if packing.format == "int4":
             numbers = _nibbles(numbers, groups)
         elif packing.format == "int8" and numbers.dtype == np.uint8:
-            numbers = numbers.astype(np.int8) - np.int8(8 if self.offsets is None else 0)
+            numbers = numbers.astype(np.int8) - np.int8(8 if self.offsets is None and self.zeros is None else 0)
         found = [scales] if packing.symmetric else [scales, offsets]
         return [numbers, *(np.repeat(leaf, repeats, axis=1) for leaf in found if leaf is not None)]
 
@@ -94,7 +100,7 @@ def common(packings: Iterable[Packing], rows: int) -> Packing | str:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class QuantizedTensor:
     """One quantized tensor as its format describes it: a packing of ours, or why there is none."""
 
     kind: str
@@ -103,7 +109,7 @@ class StoredTensor:
     note: str = ""  # what is kept otherwise than the format has it
 
 
-def stored_weight(spec: ParamSpec, parts: Sequence[StoredTensor | None]) -> StoredWeight | None:
+def stored_weight(spec: ParamSpec, parts: Sequence[QuantizedTensor | None]) -> StoredWeight | None:
     """A parameter of these tensors (None: one that is float); None: nothing of it is quantized."""
     quantized = [part for part in parts if part is not None]
     if not quantized:
