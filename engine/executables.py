@@ -210,9 +210,9 @@ def _digest(facts: dict[str, Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def sources_of(module: str) -> dict[str, bytes]:
-    """Every module of ours that `module` imports, directly or not: what can shape its programs."""
-    root = Path(__file__).parent.parent
+def sources_of(module: str, root: Path = Path(__file__).parent.parent) -> dict[str, bytes]:
+    """What can shape a module's programs: every module of ours that it imports, directly or not, and the data
+    beside them (tuned block sizes)."""
     found: dict[str, bytes] = {}
     todo = [module]
     while todo:
@@ -222,6 +222,8 @@ def sources_of(module: str) -> dict[str, bytes]:
         if name in found or name.split(".")[0] not in _PACKAGES or not path.exists():
             continue
         found[name] = path.read_bytes()
+        if path.name == "__init__.py":
+            found |= {f"{name}/{data.name}": data.read_bytes() for data in sorted(path.parent.glob("*.json"))}
         for node in ast.parse(found[name]).body:  # not what is imported late or for types
             if isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names]

@@ -170,3 +170,14 @@ def test_the_cache_key_holds_what_shapes_programs_and_no_more() -> None:
     assert {"engine.steps", "engine.sampler", "engine.model.decoder", "pallas_kernels.kv_write.api"} <= set(sources)
     assert "pallas_kernels.paged_attention.reference" in sources and "sharding.params" in sources
     assert not {"engine.loop", "engine.scheduler", "engine.text"} & set(sources), "editing these recompiles nothing"
+
+
+def test_the_cache_key_holds_tuned_block_sizes(tmp_path: Path) -> None:
+    op = tmp_path / "pallas_kernels" / "op"
+    op.mkdir(parents=True)
+    (op / "__init__.py").write_text("from pallas_kernels.op import api\n")
+    (op / "api.py").write_text("")
+    before = sources_of("pallas_kernels.op", tmp_path)
+    (op / "tuned.json").write_text("{}")
+    after = sources_of("pallas_kernels.op", tmp_path)
+    assert set(after) - set(before) == {"pallas_kernels.op/tuned.json"} and "pallas_kernels.op.api" in before
