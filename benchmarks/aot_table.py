@@ -70,7 +70,7 @@ def known() -> Iterable[tuple[str, str, Callable[[Target], Any]]]:
 
 
 def _matmul_spec(case: quantized_cases.Case) -> quantized_api.MatmulSpec:
-    scales = getattr(case, "scale_dtype", "float32")
+    scales = case.scale_dtype
     packed = quantized_shape((case.k, case.n), case.format, case.group, case.symmetric, case.activations, scales)
     group = case.group or case.k
     return quantized_api.MatmulSpec(

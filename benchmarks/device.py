@@ -61,12 +61,18 @@ class Rates:
 def looped(function: Callable[..., Array], turns: int, carried: bool = False) -> Callable[..., Any]:
     """A program of `turns` rounds of function(*moving, *fixed) over `sets` of the fixed inputs.
 
-    carried: the function returns its only fixed input, written in place.
+    carried: the function returns its only fixed input, written in place; so does the program, last of a pair.
     """
 
+    def in_place(moving: tuple[Any, ...], sets: Sequence[tuple[Any, ...]]) -> Any:
+        def turn(_: Array, carry: Any) -> Any:
+            moving, last = carry
+            moving = jax.tree.map(partial(_touched, last), moving)
+            return moving, function(*moving, last)
+
+        return lax.fori_loop(0, turns, turn, (moving, sets[0][0]))
+
     def program(moving: tuple[Any, ...], sets: Sequence[tuple[Any, ...]]) -> Any:
-        if carried:
-            return lax.fori_loop(0, turns, lambda _, pages: function(*moving, pages), sets[0][0])
 
         def turn(_: Array, carry: Any) -> Any:
             moving, results = carry
@@ -79,7 +85,7 @@ def looped(function: Callable[..., Array], turns: int, carried: bool = False) ->
         shape = jax.eval_shape(function, *moving, *sets[0])
         return lax.fori_loop(0, turns, turn, (moving, [jnp.zeros(shape.shape, shape.dtype) for _ in sets]))
 
-    return program
+    return in_place if carried else program
 
 
 def _touched(last: Array, leaf: Array) -> Array:

@@ -83,7 +83,7 @@ def _plain_attention(work: Work) -> Any:
         raise NotServed(f"{case.dtype}, not bfloat16")
     if case.sinks:
         raise NotServed("attention sinks")
-    if getattr(case, "value_dim", None) is not None:
+    if case.value_dim is not None:
         raise NotServed("latent KV")
     return case
 
@@ -307,6 +307,7 @@ ADAPTERS: dict[str, tuple[tuple[str, str, Adapter], ...]] = {
         ("any", "xla dense", dense_matmul),
         ("gpu", "jax mixed_type_matmul_mgpu", mixed_matmul_mgpu),
     ),
+    "kv_write": (),
     "grouped_matmul": (
         ("any", "xla ragged_dot", ragged_dot),
         ("tpu", "jax megablox", megablox),

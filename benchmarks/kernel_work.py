@@ -18,12 +18,16 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels import grouped_matmul as grouped
+from pallas_kernels import kv_write
 from pallas_kernels import paged_attention as attention
 from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels.choice import Choice
 from pallas_kernels.grouped_matmul import api as grouped_api
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.kv_layout import pack_rows
+from pallas_kernels.kv_write import api as write_api
+from pallas_kernels.kv_write import cases as write_cases
+from pallas_kernels.kv_write import reference as write_reference
 from pallas_kernels.paged_attention import api as attention_api
 from pallas_kernels.paged_attention import cases as attention_cases
 from pallas_kernels.paged_attention import reference as attention_reference
@@ -33,7 +37,7 @@ from pallas_kernels.quantized_matmul import cases as quantized_cases
 from pallas_kernels.quantized_matmul.reference import quantize_rows
 from pallas_kernels.target import Target
 
-OPS = ("paged_attention", "grouped_matmul", "quantized_matmul")
+OPS = ("paged_attention", "grouped_matmul", "quantized_matmul", "kv_write")
 TOLERANCE = {"float32": 2e-5, "bfloat16": 8e-3}  # |error| of a row (of attention: a head) over its norm
 
 
@@ -52,6 +56,7 @@ class Work:
     owned: int  # rows of the result that belong to somebody, from the first on
     bytes: int  # read and written once each
     flops: float
+    carried: bool = False  # the result is the fixed input, written in place; it is compared byte by byte
 
     @property
     def name(self) -> str:
@@ -59,7 +64,7 @@ class Work:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE[self.case.dtype]
+        return 0.0 if self.carried else TOLERANCE[self.case.dtype]
 
     def forced(self, target: Target, implementation: str) -> Target:
         return replace(target, implementations=tuple((name, implementation) for name in self.names))
@@ -77,6 +82,8 @@ def all_work(op: str, target: Target, small: bool) -> list[Work]:
     if op == "quantized_matmul":
         chosen = quantized_cases.SMALL if small else quantized_cases.REAL
         return [quantized_work(case) for case in _goals_first(chosen, "llama_8b")]
+    if op == "kv_write":
+        return [write_work(case, target) for case in (write_cases.SMALL if small else write_cases.REAL)]
     raise ValueError(f"no op {op!r} for {platform}; there are {', '.join(OPS)}")
 
 
@@ -85,7 +92,12 @@ def _goals_first(cases: Any, model: str) -> list[Any]:
 
 
 def error(work: Work, got: Array, wanted: Array) -> float:
-    """Worst owned row (of attention: head of a token): |got - wanted| / |wanted|; NaN where one is."""
+    """Worst owned row (of attention: head of a token): |got - wanted| / |wanted|; NaN where one is.
+
+    Of what is written in place: the share of bytes that differ, the trash page's left out.
+    """
+    if work.carried:
+        return float(jnp.mean(_as_bytes(got[1:]) != _as_bytes(wanted[1:])))
     got, wanted = (a[: work.owned].astype(jnp.float32) for a in (got, wanted))
     if not wanted.size:
         return 0.0
@@ -95,6 +107,10 @@ def error(work: Work, got: Array, wanted: Array) -> float:
     errors = jnp.linalg.norm(got - wanted, axis=1) / jnp.where(norms > 0, norms, 1)
     # Rows of attention that are idle have no answer.
     return float(jnp.max(jnp.where(norms > 0, errors, 0)))
+
+
+def _as_bytes(pages: Array) -> Array:
+    return lax.bitcast_convert_type(pages, jnp.uint8)
 
 
 # Attention: moving is (q, lengths, ...), fixed (pages, block tables); sinks stand with the queries.
@@ -118,7 +134,7 @@ def attention_work(case: attention_cases.Case, target: Target) -> Work:
 
     queries = case.queries or tuple(min(1, length) for length in case.lengths)
     seen = [_seen(length, count, case.window) for length, count in zip(case.lengths, queries, strict=True)]
-    item, result = jnp.dtype(case.dtype).itemsize, getattr(layout, "result_dim", case.head_dim)
+    item, result = jnp.dtype(case.dtype).itemsize, layout.result_dim
     kept = sum(keys for keys, _ in seen) * layout.token_bytes
     return Work(
         op="paged_attention",
@@ -169,17 +185,62 @@ def _pool(layout: Any, pages: int, page_size: int, dtype: str, key: Array) -> Ar
 
     def page(key: Array) -> Array:
         k, v = jax.random.normal(key, (2, page_size, layout.kv_heads, layout.head_dim)).astype(dtype)
-        return pack_rows(k, None if getattr(layout, "latent", False) else v, layout)
+        return pack_rows(k, None if layout.latent else v, layout)
 
     filled = lax.map(page, jax.random.split(key, pages), batch_size=64)
     return filled if layout.dtype == "int8" else filled.at[0].set(jnp.nan)
+
+
+# Writing: moving is (k, v, page ids, offsets), fixed (pages,). A loop writes the same places every turn.
+
+
+def write_work(case: write_cases.Case, target: Target) -> Work:
+    layout = case.layout(target.platform)
+
+    def call(k: Array, v: Array, ids: Array, offsets: Array, pages: Array, target: Target) -> Array:
+        return kv_write.write_kv(pages, k, v, ids, offsets, layout=layout, target=target)
+
+    def answer(k: Array, v: Array, ids: Array, offsets: Array, pages: Array) -> Array:
+        return write_reference.write_rows(pages, pack_rows(k, v, layout), ids, offsets, target=target)
+
+    new = 2 * case.kv_heads * case.head_dim * jnp.dtype(case.dtype).itemsize
+    return Work(
+        op="kv_write",
+        case=case,
+        names=("kv_write",),
+        choice=lambda target: write_api.choice(case.spec(target.platform), target),
+        call=call,
+        make=partial(_write_inputs, case, layout),
+        answer=answer,
+        heads=False,
+        owned=0,
+        bytes=case.num_tokens * (new + layout.token_bytes),
+        flops=0.0,
+        carried=True,
+    )
+
+
+def _write_inputs(case: write_cases.Case, layout: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Rows in pages of their own, in random order; a decode row is somewhere in its page, a chunk starts at one."""
+    rng = np.random.default_rng(0)
+    each = -(-case.tokens_per_row // case.page_size)
+    ids = 1 + rng.permutation(case.pages - 1)[: case.rows * each].reshape(case.rows, each)
+    start = rng.integers(0, case.page_size, (case.rows, 1)) if case.tokens_per_row == 1 else 0
+    position = start + np.broadcast_to(np.arange(case.tokens_per_row), (case.rows, case.tokens_per_row))
+    page_ids = np.take_along_axis(ids, position // case.page_size, axis=1)
+    shape = (2, case.num_tokens, case.kv_heads, case.head_dim)
+    k, v = jax.random.normal(jax.random.key(1), shape, jnp.float32).astype(case.dtype)
+    pages = jnp.zeros((case.pages, case.page_size, layout.width), layout.dtype)
+    places = (jnp.asarray(a.reshape(-1), jnp.int32) for a in (page_ids, position % case.page_size))
+    return (k, v, *places), (pages,)
 
 
 # Matrices: moving is (x,) or (x, group sizes), fixed (weight,).
 
 
 def quantized_work(case: quantized_cases.Case) -> Work:
-    packed = quantized_shape((case.k, case.n), case.format, case.group, case.symmetric, case.activations)
+    shape = (case.k, case.n)
+    packed = quantized_shape(shape, case.format, case.group, case.symmetric, case.activations, case.scale_dtype)
     spec = quantized_api.spec_of(jax.ShapeDtypeStruct((case.tokens, case.k), jnp.dtype(case.dtype)), packed)
 
     def answer(x: Array, w: Quantized) -> Array:

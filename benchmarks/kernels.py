@@ -82,7 +82,8 @@ def prepare(work: Work, target: Target, expected_s: float) -> Prepared:
             work.choice(forced)
             call = partial(work.call, target=forced)
             rounds = turns if name == "octavo" else min(turns, REFERENCE_TURNS)
-            once, loop = compiled_pair(call, moving, fixed, rounds, copies)
+            copies = 1 if work.carried else copies
+            once, loop = compiled_pair(call, moving, fixed, rounds, copies, work.carried)
             programs.append(Program(name, True, implementation, once, loop, rounds, copies, None))
         except KernelDeclined as reason:
             skipped[name] = str(reason)
@@ -108,10 +109,13 @@ def _rivals_program(rival: Rival, inputs: Any, turns: int, copies: int) -> Progr
     return Program(rival.name, False, "", once, loop, turns, copies, rival)
 
 
-def compiled_pair(call: Callable[..., Array], moving: Any, fixed: Any, turns: int, copies: int) -> tuple[Any, Any]:
-    """The call alone and in a loop, for abstract inputs."""
+def compiled_pair(
+    call: Callable[..., Array], moving: Any, fixed: Any, turns: int, copies: int, carried: bool = False
+) -> tuple[Any, Any]:
+    """The call alone and in a loop, for abstract inputs; the loop's fixed input is donated where it is carried."""
     once = jax.jit(call).lower(*moving, *fixed).compile()
-    loop = jax.jit(looped(call, turns)).lower(moving, [fixed] * copies).compile()
+    donated = (0, 1) if carried else ()
+    loop = jax.jit(looped(call, turns, carried), donate_argnums=donated).lower(moving, [fixed] * copies).compile()
     return once, loop
 
 
@@ -145,12 +149,25 @@ def _checked_time(program: Program, work: Work, inputs: Any, wanted: Array) -> d
     row: dict[str, Any] = {"error": float(f"{found:.3g}")}
     if not found <= limit:
         return row | {"failed": f"wrong: error {found:.3g}, at most {limit:g}"}
-    if host is not None:
+    if work.carried:
+        timing = timed(_rebound(program.loop, *jax.tree.map(jnp.copy, (moving, fixed))), program.turns)
+    elif host is not None:
         timing = timed(lambda: host(*moving, *fixed, turns=program.turns), program.turns)
     else:
         sets = [fixed, *(jax.tree.map(jnp.copy, fixed) for _ in range(program.copies - 1))]
         timing = timed(lambda: program.loop(moving, sets), program.turns, program.copies)
     return row | {"timing": timing}
+
+
+def _rebound(loop: Any, moving: Any, fixed: Any) -> Callable[[], Any]:
+    """Runs of a loop that consumes its inputs: each takes the last one's results."""
+    held = [moving, fixed[0]]
+
+    def run() -> Any:
+        held[:] = loop(held[0], [(held[1],)])
+        return held[1]
+
+    return run
 
 
 def figures(work: Work, timing: Timing, rates: Rates) -> dict[str, Any]:

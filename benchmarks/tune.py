@@ -26,7 +26,7 @@ import jax
 
 from benchmarks.device import Rates, copies_for, measure_rates, target_here, timed, turns_for
 from benchmarks.kernel_rivals import FAULTS, short
-from benchmarks.kernel_work import OPS, Work, all_work, error
+from benchmarks.kernel_work import Work, all_work, error
 from benchmarks.kernels import compiled_pair, tree_bytes
 from pallas_kernels import tuning
 from pallas_kernels.choice import KernelDeclined
@@ -39,6 +39,7 @@ from pallas_kernels.quantized_matmul import gpu as quantized_gpu
 from pallas_kernels.quantized_matmul import tpu as quantized_tpu
 from pallas_kernels.target import Target
 
+OPS = ("paged_attention", "grouped_matmul", "quantized_matmul")  # that look anything up
 FOLDER = Path(tuning.__file__).parent
 WORTH = 0.98  # of the computed choice's time; what saves less is noise
 CASES_A_KEY = 4
