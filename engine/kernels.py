@@ -54,7 +54,7 @@ def _matmuls(model: ModelConfig, config: EngineConfig, tokens: int) -> Iterator[
     """(rows of x, abstract weight) of the products that have kernels, each kind of weight once."""
     weights = [(name.split(".")[-1], weight) for name, weight in param_shapes(model, config).items()]
     for name, weight in {f"{name} {weight}": (name, weight) for name, weight in weights}.values():
-        if model.experts is not None and name.startswith("experts_"):
+        if model.experts is not None and name in ("experts_gate_up", "experts_down"):
             yield tokens * model.experts.per_token, weight
         elif isinstance(weight, Quantized):
             yield tokens, weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ import pytest
 
 from engine import LLM, RequestOutput, SamplingParams
 from engine.errors import ContextOverflow, EngineStopped, InvalidParam, OctavoError, QueueFull
+from engine.model.params import param_specs
+from engine.model.quantization import pack
+from pallas_kernels.kv_layout import kv_layout
 from tests.model import models
 from tests.oracle import naive_greedy, naive_logits
 
@@ -245,6 +249,45 @@ def test_unknown_options_and_fields_are_errors() -> None:
         LLM(str(models.FOLDER / "llama"), max_num_seq=4)
     with pytest.raises(TypeError, match="top_q"):
         SamplingParams(top_q=1)  # type: ignore[call-arg]
+
+
+def small_llm(name: str, cache_dir: Path, **options: Any) -> LLM:
+    return LLM(
+        str(models.FOLDER / name),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        max_num_seqs=2,
+        max_num_batched_tokens=16,
+        page_size=8,
+        decode_steps=2,
+        cache_dir=str(cache_dir),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_experts_sinks_and_latents_from_folder_to_tokens(name: str, tmp_path: Path) -> None:
+    """Chunked prefill and paged decode equal what transformers computed in one piece."""
+    cases = models.expected(name)[1:4]
+    with small_llm(name, tmp_path) as llm:
+        results = llm.generate([case.prompt for case in cases], params_of(temperature=0.0))
+    assert [out[0] for out in tokens(results)] == [case.greedy[:12] for case in cases]
+
+
+def test_packed_weights_and_a_quantized_cache_from_options_to_tokens(tmp_path: Path) -> None:
+    config, prompt = models.checkpoint("qwen3_moe").config, models.expected("qwen3_moe")[3].prompt
+    with small_llm("qwen3_moe", tmp_path, quantization="int8", kv_cache_dtype="int8") as llm:
+        ((out,),) = tokens(llm.generate([prompt], params_of(temperature=0.0)))
+    params = {
+        name: jax.device_put(pack(spec, np.asarray(models.params("qwen3_moe")[name]), "int8"))
+        for name, spec in param_specs(config, np.dtype(np.float32)).items()
+    }
+    layout = kv_layout(config.num_kv_heads, config.head_dim, "int8")
+    full = prompt + out
+    best = naive_logits(config, params, full, layout).argmax(-1).tolist()
+    assert out == best[len(prompt) - 1 : -1]
+    assert out != models.expected("qwen3_moe")[3].greedy[:12], "rounding shows, or nothing was packed"
 
 
 def test_after_shutdown_it_refuses(llm: LLM) -> None:
