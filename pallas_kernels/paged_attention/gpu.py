@@ -38,9 +38,12 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
         return "this JAX has no interpreter for Mosaic GPU"
     if spec.dtype != "bfloat16":
         return f"q is {spec.dtype}: wgmma keeps 10 bits of a float32's mantissa"
-    if layout.latent:
-        return f"latent pages of head_dim {layout.head_dim}: accumulators of 64 x {layout.value_dim} in one warpgroup"
-    if layout.head_width % 64 or layout.head_width > 256:
+    if layout.value_dim is not None:
+        if spec.kind == "prefill" or layout.quantized:
+            return f"latent pages of head_dim {layout.head_dim}, {layout.dtype}: only decode, only bfloat16"
+        if layout.head_width % 64 or layout.value_dim % 128 or layout.value_dim > 512:
+            return f"latents of {layout.head_width} lanes, {layout.value_dim} the value: not multiples of 64 and 128"
+    elif layout.head_width % 64 or layout.head_width > 256:
         return f"head_width {layout.head_width} is not a multiple of 64 up to 256"
     tile = _tile_of(spec, target)
     if spec.page_size % 8 or max(spec.page_size, tile.block_kv) % min(spec.page_size, tile.block_kv):
@@ -70,14 +73,15 @@ def decode_tile(
 ) -> Tile:
     """Blocks of 64 keys, as many stages as leave room for the queries and the float32 result.
 
-    Two consumers hide each other's softmax; a head of 256 lanes leaves room for one.
+    Two consumers hide each other's softmax; a head of 256 lanes leaves room for one. Latents need both.
     """
+    latent = layout.latent
     group = q_heads // layout.kv_heads
     subgroups = -(-group // WARPGROUP_ROWS)
     rows = -(-group // subgroups)
     tile = Tile(
-        by_keys=True,
-        consumers=1 if layout.head_width > 192 else 2,
+        by_keys=not latent,
+        consumers=1 if layout.head_width > 192 and not latent else 2,
         q_rows=-(-rows // 8) * 8,
         group=rows,
         block_kv=64,
@@ -87,11 +91,12 @@ def decode_tile(
         subgroups=subgroups,
         head_width=layout.head_width,
         dtype=layout.dtype,
-        tail=2 * layout.kv_heads * layout.head_width,
+        tail=layout.tail,
         blocks=_blocks(target),
-        out_dtype="float32",
+        out_dtype="bfloat16" if latent else "float32",  # float32 of 64 x 512 has no room in shared memory
         sinks=False,  # counted when splits are combined
         lse=splits > 1 or sinks,
+        value_dim=layout.value_dim,
         interpret=_interpret(target),
         **options,
     )
@@ -185,7 +190,7 @@ def decode(
     sinks: Array | None = None,
 ) -> Array:
     """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
-    rows, q_heads, head_dim = q.shape
+    rows, q_heads, _ = q.shape
     page_size = kv_pages.shape[1]
     splits = _splits(rows, q_heads, block_tables.shape[1] * page_size, layout, target, window)
     tile = decode_tile(
@@ -197,7 +202,8 @@ def decode(
     out, lse = attend(tile, schedule, block_tables, tiles.reshape(-1, tile.head_width), kv_pages, None)
     shape = (rows, splits, tile.head_groups)
     works = works[:, :, None, None]
-    means = jnp.where(works[..., None], out.reshape(*shape, tile.q_rows, -1)[..., : tile.group, :head_dim], 0.0)
+    means = out.reshape(*shape, tile.q_rows, -1)[..., : tile.group, : layout.result_dim]
+    means = jnp.where(works[..., None], means, 0.0)
     if lse is not None:
         sums = jnp.where(works, lse.reshape(*shape, WARPGROUP_ROWS)[..., : tile.group], -jnp.inf)
         sink = None if sinks is None else _head_groups(sinks[None, :, None], tile)[..., 0] * LOG2_E
@@ -240,7 +246,7 @@ def _combined(means: Array, sums: Array, sink: Array | None) -> Array:
     if sink is not None:
         total = total + jnp.exp2(sink - top[:, 0])
     total = jnp.where(total > 0, total, 1.0)
-    return jnp.sum(means * weights[..., None], axis=1) / total[..., None]
+    return jnp.sum(means.astype(jnp.float32) * weights[..., None], axis=1) / total[..., None]
 
 
 def _head_groups(x: Array, tile: Tile) -> Array:

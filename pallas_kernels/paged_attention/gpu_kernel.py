@@ -43,7 +43,9 @@ class Tile:
     """What a kernel is compiled for.
 
     by_keys: consumers share one tile of `q_rows` rows and take alternate key blocks (decode);
-    else each has 64 rows of its own and both see every block (prefill).
+    else each has 64 rows of its own and both see every block (prefill). Latent (decode): the two
+    share rows and blocks, both compute the scores, and each has half of the value's columns, since
+    64 x 512 of float32 are more than a warpgroup's registers; after FlashMLA (github.com/deepseek-ai/FlashMLA).
     """
 
     by_keys: bool
@@ -65,7 +67,31 @@ class Tile:
     window: int | None
     sinks: bool  # a float32 [head_groups * q_rows] operand
     lse: bool  # a second result: base-2 log of each row's sum of weights
+    value_dim: int | None = None  # latent: a key's first lanes that are its value
     interpret: Any = False
+
+    @property
+    def latent(self) -> bool:
+        return self.value_dim is not None
+
+    @property
+    def one_token(self) -> bool:
+        """All rows of a unit are one token's, in a tile that consumers share (decode)."""
+        return self.by_keys or self.latent
+
+    @property
+    def row_width(self) -> int:
+        """Columns of a stage: a KV head's key and value."""
+        return self.head_width if self.latent else 2 * self.head_width
+
+    @property
+    def columns(self) -> int:
+        """Of the value, a consumer."""
+        return self.head_width if self.value_dim is None else self.value_dim // self.consumers
+
+    @property
+    def result_width(self) -> int:
+        return self.head_width if self.value_dim is None else self.value_dim
 
     @property
     def head_groups(self) -> int:
@@ -87,15 +113,15 @@ class Tile:
     @property
     def takes_turns(self) -> bool:
         """Consumers of prefill alternate; quantized ones already wait for each other."""
-        return not self.by_keys and not self.quantized and self.consumers == 2
+        return not self.one_token and not self.quantized and self.consumers == 2
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of what a block keeps in shared memory, see `_Refs`."""
         keys, width = self.block_kv, self.head_width
-        ring = (self.stages, 2, keys, width) if self.quantized else (self.stages, keys, 2 * width)
+        ring = (self.stages, 2, keys, width) if self.quantized else (self.stages, keys, self.row_width)
         found: dict[str, tuple[tuple[int, ...], str]] = {
             "kv_ring": (ring, self.dtype),
-            "queries": ((1 if self.by_keys else self.consumers, WARPGROUP_ROWS, width), "bfloat16"),
+            "queries": ((1 if self.one_token else self.consumers, WARPGROUP_ROWS, width), "bfloat16"),
         }
         if self.quantized:
             # Keys, then values in their place; by rows, both at once and for both consumers.
@@ -124,13 +150,13 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """Runs the schedule. q: [query tiles * head_groups * q_rows, head_width].
 
-    Returns the weighted mean of the values, [items * head_groups * q_rows, head_width] in out_dtype, and with
+    Returns the weighted mean of the values, [items * head_groups * q_rows, result_width] in out_dtype, and with
     `lse` float32 [items * head_groups * 64]. What idle items would write stays uninitialised.
     """
     if tile.scale <= 0:
         raise ValueError(f"scale {tile.scale} must be positive: masked scores are -inf before it is applied")
     units = (schedule.shape[0] - 1) * tile.head_groups
-    results = [jax.ShapeDtypeStruct((units * tile.q_rows, tile.head_width), jnp.dtype(tile.out_dtype))]
+    results = [jax.ShapeDtypeStruct((units * tile.q_rows, tile.result_width), jnp.dtype(tile.out_dtype))]
     if tile.lse:
         results.append(jax.ShapeDtypeStruct((units * WARPGROUP_ROWS,), jnp.float32))
     operands = [schedule, tables, q, pages] + ([] if sinks is None else [sinks])
@@ -172,11 +198,11 @@ class _Refs:
     sinks: Any
     out: Any
     lse: Any
-    kv_ring: Any  # [stages, block_kv, 2 * head_width], keys beside values; quantized: [stages, 2, block_kv, head_width]
+    kv_ring: Any  # [stages, block_kv, row_width], keys beside values; quantized: [stages, 2, block_kv, head_width]
     tails: Any  # [stages, block_kv, TAIL]: exponents
     factors: Any  # float32 [consumers, 2, block_kv]: their powers of two
     wide: Any  # [consumers or 1, 1 or 2, block_kv, head_width]: quantized numbers in bfloat16
-    queries: Any  # [q_tiles, 64, head_width]; prefill leaves its result here
+    queries: Any  # [q_tiles, 64, head_width]; prefill and latent decode leave their result here
     result: Any  # float32 [64, head_width]
     stats: Any  # float32 [2, 64]: the other consumer's highest score and sum of weights
     vector: Any  # float32 [consumers, 64]: sinks on the way in, lse on the way out
@@ -313,9 +339,9 @@ def _loader(tile: Tile, refs: _Refs) -> None:
 
 def _load_keys(tile: Tile, refs: _Refs, head: Array, slot: Array, source: Any, rows: Any) -> None:
     """Rows of a page into rows of a stage; what the stage's barrier expects is three loads when quantized."""
-    column, filled = head * (2 * tile.head_width), refs.filled.at[slot]
+    column, filled = head * tile.row_width, refs.filled.at[slot]
     if not tile.quantized:
-        plgpu.copy_gmem_to_smem(source.at[:, pl.ds(column, 2 * tile.head_width)], refs.kv_ring.at[slot, rows], filled)
+        plgpu.copy_gmem_to_smem(source.at[:, pl.ds(column, tile.row_width)], refs.kv_ring.at[slot, rows], filled)
         return
     for half in range(2):
         columns = pl.ds(column + half * tile.head_width, tile.head_width)
@@ -324,7 +350,7 @@ def _load_keys(tile: Tile, refs: _Refs, head: Array, slot: Array, source: Any, r
     plgpu.copy_gmem_to_smem(source.at[:, pl.ds(tail, TAIL)], refs.tails.at[slot, rows], filled)
 
 
-State = tuple[Array, Array, Array]  # float32: weighted values [64, head_width], highest score (base 2) and sum [64]
+State = tuple[Array, Array, Array]  # float32: weighted values [64, columns], highest score (base 2) and sum [64]
 
 
 def _consumer(tile: Tile, refs: _Refs, wg: Array) -> None:
@@ -344,6 +370,8 @@ def _consumer(tile: Tile, refs: _Refs, wg: Array) -> None:
         state = lax.fori_loop(0, turns, step, _start(tile))
         if tile.by_keys:
             _finish_by_keys(tile, refs, unit, wg, state)
+        elif tile.latent:
+            _finish_by_columns(tile, refs, unit, wg, state)
         else:
             _finish_by_rows(tile, refs, unit, wg, state)
         return count + (unit.last - unit.first)
@@ -352,9 +380,9 @@ def _consumer(tile: Tile, refs: _Refs, wg: Array) -> None:
 
 
 def _load_queries(tile: Tile, refs: _Refs, unit: _Unit, wg: Array) -> None:
-    """By keys: one consumer loads for both, once both have left the unit before."""
+    """A shared tile: one consumer loads for both, once both have left the unit before."""
     base = (unit.query * tile.head_groups + unit.head_group) * tile.q_rows
-    if tile.by_keys:
+    if tile.one_token:
         if tile.consumers == 2:
             _meet(refs)
 
@@ -376,7 +404,7 @@ def _load_queries(tile: Tile, refs: _Refs, unit: _Unit, wg: Array) -> None:
 
 
 def _start(tile: Tile) -> State:
-    zeros = jnp.zeros((WARPGROUP_ROWS, tile.head_width), jnp.float32)
+    zeros = jnp.zeros((WARPGROUP_ROWS, tile.columns), jnp.float32)
     acc = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
     row = plgpu.Layout.WGMMA.reduce(1)
     top = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), row)
@@ -392,7 +420,7 @@ def _meet(refs: _Refs) -> None:
 def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array, state: State) -> State:
     """Fold keys [start, start + block_kv) into the state."""
     acc, top, total = state
-    mine = 0 if tile.by_keys else wg
+    mine = 0 if tile.one_token else wg
     turns = _Turns(tile, refs, unit, wg, start)
     plgpu.barrier_wait(refs.filled.at[slot])
     keys = _keys(tile, refs, unit, wg, slot, start)
@@ -466,7 +494,7 @@ def _add_product(tile: Tile, refs: _Refs, wg: Array, acc: Array, weights: Array,
         plgpu.wgmma(ref, refs.weights.at[wg], values)
         return ref[...]
 
-    return acc + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tile.head_width), jnp.float32))
+    return acc + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tile.columns), jnp.float32))
 
 
 def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> Any:
@@ -494,7 +522,9 @@ def _keys(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: A
 
 
 def _values(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array) -> Any:
-    """The stage's values, bfloat16 [block_kv, head_width]; quantized by_keys, they take the keys' place."""
+    """The consumer's values, bfloat16 [block_kv, columns]; quantized by_keys, they take the keys' place."""
+    if tile.latent:
+        return refs.kv_ring.at[slot, :, pl.ds(wg * tile.columns, tile.columns)]
     if not tile.quantized:
         return refs.kv_ring.at[slot, :, pl.ds(tile.head_width, tile.head_width)]
     if not tile.by_keys:
@@ -552,7 +582,7 @@ def _scaled(tile: Tile, scores: Array) -> tuple[Array, float]:
 
 def _masked(tile: Tile, position: Array, mine: Array | int, start: Array, scores: Array) -> Array:
     """-inf where the row's query does not see the key; nothing to do in the middle of a row."""
-    one_token = tile.by_keys
+    one_token = tile.one_token
     lead = position if one_token else position + lax.div(mine * WARPGROUP_ROWS, jnp.int32(tile.group))
     tail = position if one_token else position + lax.div(mine * WARPGROUP_ROWS + 63, jnp.int32(tile.group))
     all_seen = start + (tile.block_kv - 1) <= lead
@@ -581,12 +611,13 @@ def _blank_unseen_values(
     tile: Tile, refs: _Refs, wg: Array, slot: Array, start: Array, low: Array, high: Array
 ) -> None:
     """Zero the values outside [low, high): stale ones may be NaN, and 0 * NaN is NaN in wgmma."""
+    columns = range(0, tile.result_width, 64) if tile.latent else range(tile.head_width, tile.row_width, 64)
 
     @pl.when((start < low) | (start + tile.block_kv > high))
     def _() -> None:
         def blank() -> None:
             for row in range(0, tile.block_kv, WARPGROUP_ROWS):
-                for column in range(tile.head_width, 2 * tile.head_width, 64):
+                for column in columns:
                     part = refs.kv_ring.at[slot, pl.ds(row, WARPGROUP_ROWS), pl.ds(column, 64)]
                     values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
                     keys = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, 64), 0, layout=plgpu.Layout.WGMMA)
@@ -614,6 +645,29 @@ def _finish_by_rows(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: Stat
     plgpu.commit_smem()
     base = (unit.out * tile.head_groups + unit.head_group) * tile.q_rows + wg * WARPGROUP_ROWS
     plgpu.copy_smem_to_gmem(refs.queries.at[wg], refs.out.at[pl.ds(base, WARPGROUP_ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _finish_by_columns(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, state: State) -> None:
+    """Every consumer writes its columns, through the buffer that held the queries of both."""
+    acc, top, total = state
+    mean = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+    mine = pl.ds(wg * tile.columns, tile.columns)
+    _meet(refs)
+    refs.queries[0, :, mine] = mean.astype(jnp.bfloat16)
+    at = unit.out * tile.head_groups + unit.head_group
+    if tile.lse:
+        refs.vector[wg] = top + jnp.log2(total)  # both have the same
+    plgpu.commit_smem()
+    for row in range(0, tile.q_rows, 8):  # a copy reads whole tiles that stand side by side: 8 rows of 64 lanes each
+        rows = pl.ds(at * tile.q_rows + row, 8)
+        plgpu.copy_smem_to_gmem(refs.queries.at[0, pl.ds(row, 8), mine], refs.out.at[rows, mine])
+    if tile.lse:
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            plgpu.copy_smem_to_gmem(refs.vector.at[0], refs.lse.at[pl.ds(at * WARPGROUP_ROWS, WARPGROUP_ROWS)])
+
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,17 @@ def compiled(case: Case, chip: str) -> tuple[jax.stages.Compiled, int]:
 
     program = compile_op(call, (q, pool, tables, sinks, *[per_row] * counts), chip)
     return program, pool.size * pool.dtype.itemsize
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS["gpu"])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("case", [case for case in COMPILED if case.head_dim == 576], ids=lambda case: case.name)
+def test_latents_compile_at_every_page_size(case: Case, page_size: int, chip: str) -> None:
+    program, pool_bytes = compiled(replace(case, page_size=page_size), chip)
+    text, memory = hlo(program), program.memory_analysis()
+    assert text is not None and "mosaic_gpu" in text
+    assert memory is not None and memory.temp_size_in_bytes < pool_bytes / 4
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,17 @@ SHORT = {
     "decode_idle_rows",
     "decode_head_256_bfloat16",
     "decode_e4m3_window",
+    "decode_latent",
     "prefill_all_idle",
     "prefill_window",
     "prefill_int8",
+}
+
+
+LATENT_DECLINED = {
+    "deepseek_v3_decode_32x4k_int8",
+    "deepseek_v3_prefill_512_of_4k",
+    "deepseek_v2_lite_prefill_512_of_4k",
 }
 
 
@@ -37,6 +45,7 @@ def in_bfloat16(case: Case) -> Case:
     return replace(case, dtype="bfloat16")
 
 
+LATENT: dict[str, Any] = {"q_heads": 16, "kv_heads": 1, "head_dim": 576, "value_dim": 512}
 SERVED = [case for case in map(in_bfloat16, CASES) if gpu.declines(case.spec("gpu"), H100) is None]
 
 
@@ -61,7 +70,9 @@ def test_tokens_of_nobody_come_back_finite(name: str) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", ["decode_gqa_3", pytest.param("prefill_continues", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["decode_gqa_3", "decode_latent", pytest.param("prefill_continues", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("broken", ["swapped", "shifted"])
 def test_the_check_notices_broken_input(name: str, broken: str) -> None:
     call = served(name)
@@ -92,7 +103,28 @@ def test_more_heads_a_group_than_a_tile_has_rows() -> None:
     assert fill(prefill, H100).error() < TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize("case", [case for case in REAL if case.value_dim is None], ids=lambda case: case.name)
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("q_heads", [70, 128])
+def test_latents_of_many_heads_and_of_several_splits(q_heads: int) -> None:
+    """Two head groups, of 35 rows or 64, that both consumers share; a long row that is cut; a window, sinks."""
+    latent = Case(name="wide_latent", lengths=(700, 9, 0), q_heads=q_heads, kv_heads=1, head_dim=192, value_dim=128,
+                  dtype="bfloat16", sinks=True)  # fmt: skip
+    assert fill(latent, H100).error() < TOLERANCE["bfloat16"]
+    assert fill(replace(latent, name="wide_latent_window", window=90, page_size=64), H100).error() < 8e-3
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_latents_of_deepseek() -> None:
+    case = Case(name="deepseek", lengths=(70, 130), q_heads=16, kv_heads=1, head_dim=576, value_dim=512,
+                dtype="bfloat16", page_size=32)  # fmt: skip
+    assert fill(case, H100).error() < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in REAL if case.name not in LATENT_DECLINED], ids=lambda case: case.name
+)
 @pytest.mark.parametrize("chip", ["h100", "h200"])
 def test_real_shapes_are_served_within_shared_memory(case: Case, chip: str) -> None:
     target = Target("gpu", chip)
@@ -109,6 +141,14 @@ def test_real_shapes_are_served_within_shared_memory(case: Case, chip: str) -> N
         ({"page_size": 1}, Target("gpu", "h100"), "page_size 1 is not"),
         ({"page_size": 48}, Target("gpu", "h100"), "page_size 48 is not"),
         ({"head_dim": 512}, Target("gpu", "h100"), "head_width 512 is not"),
+        (LATENT | {"queries": (9,)}, Target("gpu", "h100"), "latent pages of head_dim 576, bfloat16: only decode"),
+        (
+            LATENT | {"kv_dtype": "int8", "page_size": 32},
+            Target("gpu", "h100"),
+            "head_dim 576, int8: only decode, only",
+        ),
+        (LATENT | {"value_dim": 64}, Target("gpu", "h100"), "latents of 576 lanes, 64 the value"),
+        (LATENT | {"head_dim": 640}, Target("gpu", "h100"), "needs 246784 bytes of shared memory"),
     ],
 )
 def test_what_is_not_served_says_why(change: dict[str, Any], target: Target, reason: str) -> None:
