@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array
 
 from benchmarks import report
-from benchmarks.device import Rates, Timing, copies_for, looped, measure_rates, target_here, timed, turns_for
+from benchmarks.device import Rates, Timing, copies_for, looped, measure_rates, rebound, target_here, timed, turns_for
 from benchmarks.kernel_rivals import FAULTS, Rival, rivals, short
 from benchmarks.kernel_work import OPS, Work, all_work, error
 from pallas_kernels.choice import KernelDeclined
@@ -150,24 +150,13 @@ def _checked_time(program: Program, work: Work, inputs: Any, wanted: Array) -> d
     if not found <= limit:
         return row | {"failed": f"wrong: error {found:.3g}, at most {limit:g}"}
     if work.carried:
-        timing = timed(_rebound(program.loop, *jax.tree.map(jnp.copy, (moving, fixed))), program.turns)
+        timing = timed(rebound(program.loop, *jax.tree.map(jnp.copy, (moving, fixed))), program.turns)
     elif host is not None:
         timing = timed(lambda: host(*moving, *fixed, turns=program.turns), program.turns)
     else:
         sets = [fixed, *(jax.tree.map(jnp.copy, fixed) for _ in range(program.copies - 1))]
         timing = timed(lambda: program.loop(moving, sets), program.turns, program.copies)
     return row | {"timing": timing}
-
-
-def _rebound(loop: Any, moving: Any, fixed: Any) -> Callable[[], Any]:
-    """Runs of a loop that consumes its inputs: each takes the last one's results."""
-    held = [moving, fixed[0]]
-
-    def run() -> Any:
-        held[:] = loop(held[0], [(held[1],)])
-        return held[1]
-
-    return run
 
 
 def figures(work: Work, timing: Timing, rates: Rates) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import kernels
-from benchmarks.device import Rates, copies_for, looped, timed, turns_for
+from benchmarks.device import Rates, copies_for, looped, measure_rates, timed, turns_for
 from benchmarks.kernel_rivals import rivals
 from benchmarks.kernel_work import OPS, Work, all_work, error
 from pallas_kernels.target import CPU, Target
@@ -100,6 +100,12 @@ def test_the_clock_counts_turns_and_copies() -> None:
     assert turns_for(1.0) == 1
     assert copies_for(1 << 20, Target("gpu", "h200")) == 4 and copies_for(1 << 30, Target("gpu", "h200")) == 1
     assert copies_for(1 << 20, Target("tpu", "v6e")) == 1
+
+
+@pytest.mark.slow
+def test_rates_are_measured() -> None:
+    rates = measure_rates(small=True)
+    assert 1e7 < rates.copy_bytes_per_s < 1e12 and 1e7 < rates.matmul_flops < 1e14
 
 
 def test_libraries_say_why_they_are_skipped() -> None:
