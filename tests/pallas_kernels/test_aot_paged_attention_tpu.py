@@ -135,6 +135,25 @@ def test_kv_write_compiles_in_place(name: str, chip: str) -> None:
     assert memory.temp_size_in_bytes < size(pool) // 8, "no second pool"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", aot.CHIPS["tpu"])
+@pytest.mark.parametrize(("dtype", "tokens"), [("bfloat16", 64), ("bfloat16", 1024), ("int8", 64)])
+def test_latents_are_written_in_place(dtype: KVDtype, tokens: int, chip: str) -> None:
+    layout, target = kv_layout(1, 576, dtype, "tpu", value_dim=512), aot.target(chip)
+    pool = jax.ShapeDtypeStruct((8192, 32, layout.width), dtype)
+    new = jax.ShapeDtypeStruct((tokens, 1, 576), jnp.bfloat16)
+    places = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def write(pages: Array, latents: Array, ids: Array, offsets: Array) -> Array:
+        return write_kv(pages, latents, None, ids, offsets, layout=layout, target=target)
+
+    compiled = aot.compile_op(write, [pool, new, places, places], chip, donate=(0,))
+    text, memory = aot.hlo(compiled), compiled.memory_analysis()
+    assert text is None or "tpu_custom_call" in text
+    assert memory is not None and memory.alias_size_in_bytes == size(pool)
+    assert memory.temp_size_in_bytes < size(pool) // 8, "no second pool"
+
+
 def test_the_check_sees_a_second_pool() -> None:
     """XLA's scatter into pages of int8 copies them: why the kernel is there."""
     target = Target("tpu", "v6e", implementations=(("kv_write", "reference"),))

@@ -112,6 +112,20 @@ def test_equals_the_reference_through_the_api(dtype: KVDtype) -> None:
     assert same_bytes(kernel, reference)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_latents_equal_the_reference_through_the_api(dtype: KVDtype) -> None:
+    layout = kv_layout(1, 192, dtype, "tpu", value_dim=128)
+    latents = jnp.asarray(np.random.default_rng(2).normal(size=(12, 1, 192)), jnp.bfloat16)
+    before = jnp.zeros((PAGES, PAGE_SIZE, layout.width), dtype)
+    places = [*run(3, 60, 4), *run(5, 0, 4), (1, 1), (2, 63), (7, 30), (0, 0)]
+    ids, offsets = (jnp.asarray([p[i] for p in places], jnp.int32) for i in range(2))
+    kernel, reference = (
+        np.asarray(jax.jit(partial(write_kv, layout=layout, target=target))(before, latents, None, ids, offsets))
+        for target in (TPU, CPU)
+    )
+    assert same_bytes(kernel, reference) and np.any(kernel[1:].astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
