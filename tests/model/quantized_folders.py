@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tests.model.gguf_files import hf_tensors
 from tests.model.models import hf_config
 
 HIDDEN, MLP, VOCAB, LAYERS = 256, 384, 80, 1
@@ -61,6 +62,29 @@ def write_folder(folder: Path, quantization: dict[str, Any] | None, linear: Line
     extra = {} if quantization is None else {"quantization_config": quantization}
     twin = folder.with_name(f"{folder.name}-float")
     for place, tensors, keys in ((folder, quantized, extra), (twin, wide, {})):
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps({**config, **keys}))
+        write_safetensors(place / "model.safetensors", tensors)
+    return folder
+
+
+def requantize_fixture(name: str, folder: Path, quantization: dict[str, Any], linear: Linear) -> Path:
+    """A fixture whose projections are random and quantized, routers and all else as they are; and its float twin."""
+    rng = np.random.default_rng(23)
+    quantized: Tensors = {}
+    wide: Tensors = {}
+    for tensor, values in hf_tensors(name).items():
+        if values.ndim == 2 and tensor.endswith(
+            ("_proj.weight", "_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+        ):
+            parts, weight = linear(rng, *values.shape)
+            quantized |= {f"{tensor.removesuffix('weight')}{part}": array for part, array in parts.items()}
+            wide[tensor] = weight.astype(np.float32)
+        else:
+            quantized[tensor] = wide[tensor] = values
+    config = hf_config(name)
+    twin = folder.with_name(f"{folder.name}-float")
+    for place, tensors, keys in ((folder, quantized, {"quantization_config": quantization}), (twin, wide, {})):
         place.mkdir()
         (place / "config.json").write_text(json.dumps({**config, **keys}))
         write_safetensors(place / "model.safetensors", tensors)

@@ -25,6 +25,7 @@ from tests.model.quantized_folders import (
     compressed_packed,
     float8,
     gptq,
+    requantize_fixture,
     write_folder,
 )
 from tests.model.test_packed_gguf import FLOAT32, Both, by_hand
@@ -203,6 +204,21 @@ def test_what_cannot_stay_packed_is_dequantized_and_said(
     stored = both.opened.stored(param_specs(both.opened.config, FLOAT32))
     assert len(stored) == 4
     assert all(reason in weight.reason for weight in stored.values())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
+def test_experts_and_latents_in_float8_blocks(name: str, tmp_path: Path) -> None:
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    linear = float8("weight_scale_inv", block=(16, 16))
+    both = load_both(requantize_fixture(name, tmp_path / "model", config, linear))
+    kinds = {key.split(".")[-1] for key in both.packings}
+    experts = {"experts_gate_up", "experts_down"}
+    if name == "mixtral":
+        assert kinds == {"qkv", "o", *experts}
+    else:
+        assert kinds == {"q_a", "q", "kv_a", "o", "gate_up", "down", "shared_gate_up", "shared_down", *experts}
+    check_weights(both)
+    check_logits(both, 1e-4)
 
 
 def test_layers_that_stay_float(tmp_path: Path) -> None:

@@ -132,9 +132,8 @@ def stored_weight(spec: ParamSpec, parts: Sequence[QuantizedTensor | None]) -> S
 
 def empty(spec: ParamSpec, packing: Packing) -> Quantized:
     """Host arrays for `spec`, [lead, rows, columns] with the spec's own lead and column dimensions."""
-    if spec.rows is None:
-        raise ValueError(f"a weight of shape {spec.shape} has no rows to pack")
-    lead, columns = spec.shape[: spec.lead], spec.shape[spec.lead + spec.rows :]
+    rows = 1 if spec.rows is None else spec.rows
+    lead, columns = spec.shape[: spec.lead], spec.shape[spec.lead + rows :]
     return jax.tree.map(
         lambda leaf: np.empty((*lead, leaf.shape[-2], *columns), leaf.dtype), packed_shape(spec, packing)
     )
