@@ -169,7 +169,7 @@ def _attention_inputs(case: attention_cases.Case, target: Target) -> tuple[tuple
     for row, count in enumerate(counts):
         start = sum(counts[:row])
         tables[row, :count] = ids[start : start + count]
-    fill = jax.jit(partial(_pool, layout, pages, case.page_size, case.dtype), static_argnums=())
+    fill = jax.jit(partial(_pool, layout, pages, case.page_size, case.dtype))
     q = jax.random.normal(jax.random.key(1), (case.num_tokens, case.q_heads, case.head_dim), case.dtype)
     sinks = jax.random.normal(jax.random.key(2), (case.q_heads,), jnp.float32) + 1 if case.sinks else None
     lengths = np.asarray(case.lengths, np.int32)
