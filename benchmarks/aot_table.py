@@ -87,7 +87,7 @@ def _matmul_spec(case: quantized_cases.Case) -> quantized_api.MatmulSpec:
 
 
 def tables(rows: Iterable[Row]) -> dict[str, Table]:
-    """By op; the kernels' cases first, then what else has rows (kv_write, whole programs)."""
+    """By op; the kernels' cases first, then what else has rows (kv_write, whole step programs)."""
     latest = {(row["op"], row["case"], row["chip"]): row for row in rows if row["chip"] in CHIPS}
     found: dict[str, Table] = {}
     for op, case, choice in known():
@@ -118,9 +118,9 @@ def cell(row: Row | None, table: Table) -> str:
     if row["outcome"] == "failed":
         return f"**fails** {table.reason(row['why'] or 'no message')}"
     compiled = row["compiled"]
-    if compiled is None:
-        return table.reason(row["why"]) if row["why"] else "-"
-    scratch = compiled["scratch_bytes"]
+    if compiled is None and row["why"]:
+        return table.reason(row["why"])
+    scratch = compiled["scratch_bytes"] if compiled is not None else None
     return size(scratch) if scratch else "yes"
 
 

@@ -28,11 +28,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.when == "setup":
         notes().clear()
     file: Path | None = item.config.getoption("--aot-rows")
-    if file is not None and call.when == "call" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+    if file is not None and call.when == "call" and tells(item):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as out:
             out.write(json.dumps(row(item, report)) + "\n")
     return report
+
+
+def tells(item: pytest.Item) -> bool:
+    """Whether the test compiles a case for a chip."""
+    return isinstance(item, pytest.Function) and "chip" in getattr(getattr(item, "callspec", None), "params", {})
 
 
 def notes() -> list[Any]:
@@ -40,16 +45,16 @@ def notes() -> list[Any]:
     return getattr(sys.modules.get("tests.pallas_kernels.aot"), "NOTES", [])
 
 
-def row(item: pytest.Function, report: pytest.TestReport) -> dict[str, Any]:
+def row(item: Any, report: pytest.TestReport) -> dict[str, Any]:
     """op, chip, case, outcome, and the last compilation's figures if there was one."""
     params = item.callspec.params
-    chip = params.get("chip")
+    place = str(params.get("chip"))
     case = params.get("name") or getattr(params.get("case"), "name", None)
     note = notes()[-1] if notes() else None
     return {
         "op": op_of(item),
-        "chip": chip,
-        "case": case or item.callspec.id,
+        "chip": place.partition(":")[0],  # of "v6e:2x2", as whole programs have it
+        "case": case or item.callspec.id.replace(place, "").strip("-"),
         "outcome": report.outcome,
         "why": message(report),
         "seconds": round(report.duration, 1),
@@ -57,12 +62,14 @@ def row(item: pytest.Function, report: pytest.TestReport) -> dict[str, Any]:
     }
 
 
-def op_of(item: pytest.Function) -> str:
-    """A folder of pallas_kernels, or "step" for whole programs."""
+def op_of(item: pytest.Item) -> str:
+    """A folder of pallas_kernels, or "steps" for whole programs."""
+    if item.path.parent.name != "pallas_kernels":
+        return "steps"
     if "kv_write" in item.name:
         return "kv_write"
     stem = item.path.stem.removeprefix("test_aot").lstrip("_")
-    return stem.removesuffix("_gpu").removesuffix("_tpu") or "step"
+    return stem.removesuffix("_gpu").removesuffix("_tpu")
 
 
 def message(report: pytest.TestReport) -> str | None:

@@ -60,12 +60,22 @@ def test_vmem_is_read_off_the_kernels_line() -> None:
 @pytest.mark.parametrize(
     ("path", "name", "op"),
     [
+        ("tests/test_aot_stored.py", "test_weights_stay_packed[x]", "steps"),
+        ("test_aot_latent_attention.py", "test_compiles[x]", "latent_attention"),
         ("test_aot_paged_attention_tpu.py", "test_attention_compiles[x]", "paged_attention"),
         ("test_aot_paged_attention_tpu.py", "test_kv_write_compiles_in_place[x]", "kv_write"),
         ("test_aot_paged_attention_gpu.py", "test_compiles[x]", "paged_attention"),
         ("test_aot_grouped_matmul.py", "test_compiles[x]", "grouped_matmul"),
-        ("test_aot.py", "test_step_compiles[x]", "step"),
     ],
 )
 def test_a_row_names_its_op(path: str, name: str, op: str) -> None:
+    path = path if "/" in path else f"tests/pallas_kernels/{path}"
     assert aot_rows.op_of(item(name, path)) == op
+
+
+def test_a_row_of_a_whole_program_says_which() -> None:
+    program = item("test_step[...]", "tests/test_aot.py", chip="v6e:2x2", kind="decode")
+    program.callspec.id = "llama8b-decode-v6e:2x2"
+    passed: Any = SimpleNamespace(outcome="passed", passed=True, duration=1.234)
+    found = aot_rows.row(program, passed)
+    assert (found["op"], found["chip"], found["case"], found["seconds"]) == ("steps", "v6e", "llama8b-decode", 1.2)
