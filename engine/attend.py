@@ -5,7 +5,9 @@ One pure function for every layer; `CacheView` is what the layers share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from engine.model.mixers import AttentionInput
 from engine.pages import TRASH_PAGE
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
+from pallas_kernels.latent_attention import expanded_prefill
 from pallas_kernels.paged_attention import decode_attention, prefill_attention
 from pallas_kernels.target import Target
 
@@ -93,23 +96,41 @@ class PagedAttention:
             "window": layer.window,
             "sinks": brought.sinks,
         }
-        q = brought.q if config.latent is None else _absorbed(config.latent, brought)
         parts = []
         if num_decode:
-            parts.append(decode_attention(q[:num_decode], kv_pages, view.decode_tables, view.decode_lens, **how))
+            rows = (view.decode_tables, view.decode_lens)
+            see = partial(decode_attention, **how)
+            parts.append(_seen(config.latent, see, brought.part(0, num_decode), kv_pages, *rows))
         if prefill is not None:
             rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
-            parts.append(prefill_attention(q[num_decode:], kv_pages, *rows, **how))
-        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        return out if brought.v_up is None else _per_head("thr,hrv->thv", out, brought.v_up), kv_pages
+            queries = brought.part(num_decode, None)
+            plain = config.attention_softcap is None and layer.window is None
+            if config.latent and brought.up and plain and expanding_pays(config.latent, queries.q.shape[0]):
+                scale = config.attention_scale
+                parts.append(expanded_prefill(queries.q, kv_pages, *rows, *brought.up, scale=scale, **on))
+            else:
+                parts.append(_seen(config.latent, partial(prefill_attention, **how), queries, kv_pages, *rows))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages
 
 
-def _absorbed(latent: Latent, brought: AttentionInput) -> Array:
-    """Queries for the latent itself, [tokens, q_heads, row_dim]: q . (k_up c) is (k_up^T q) . c."""
-    if brought.k_up is None:
-        raise ValueError("a latent layer brings k_up")
-    nope = _per_head("thn,hrn->thr", brought.q[..., : latent.nope_dim], brought.k_up)
-    return jnp.concatenate([nope, brought.q[..., latent.nope_dim :]], axis=-1)
+def expanding_pays(latent: Latent, num_queries: int) -> bool:
+    """Whether so many queries do less when keys and values are expanded for them than in the absorbed form.
+
+    Multiplications a head and key: once kv_rank * (nope + value), then nope + rope + value a query instead of
+    row_dim + kv_rank.
+    """
+    saved = latent.row_dim + latent.kv_rank - (latent.nope_dim + latent.rope_dim + latent.value_dim)
+    return saved * num_queries > latent.kv_rank * (latent.nope_dim + latent.value_dim)
+
+
+def _seen(latent: Latent | None, see: Callable[..., Array], brought: AttentionInput, *pages: Array) -> Array:
+    """`see` of the queries; over latent pages in the absorbed form, where q . (k_up c) is (k_up^T q) . c."""
+    if latent is None or brought.up is None:
+        return see(brought.q, *pages)
+    k_up, v_up = brought.up
+    absorbed = _per_head("thn,hrn->thr", brought.q[..., : latent.nope_dim], k_up)
+    queries = jnp.concatenate([absorbed, brought.q[..., latent.nope_dim :]], axis=-1)
+    return _per_head("thr,hrv->thv", see(queries, *pages), v_up)
 
 
 def _per_head(subscripts: str, x: Array, weight: Array) -> Array:

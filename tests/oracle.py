@@ -69,11 +69,11 @@ class DenseAttention:
 
 def _expanded(config: ModelConfig, brought: AttentionInput, row: Array) -> tuple[Array, Array]:
     """Each head's keys and values [tokens, q_heads, ...] from what the cache keeps, [tokens, row_dim]."""
-    assert config.latent is not None and brought.k_up is not None and brought.v_up is not None
+    assert config.latent is not None and brought.up is not None
     latent, rotary = row[:, : config.latent.kv_rank], row[:, config.latent.kv_rank :]
     with jax.default_matmul_precision("highest"):
-        k = jnp.einsum("tr,hrn->thn", latent, brought.k_up)
-        v = jnp.einsum("tr,hrv->thv", latent, brought.v_up)
+        k = jnp.einsum("tr,hrn->thn", latent, brought.up[0])
+        v = jnp.einsum("tr,hrv->thv", latent, brought.up[1])
     rotary = jnp.broadcast_to(rotary[:, None], (*k.shape[:2], rotary.shape[1]))
     return jnp.concatenate([k, rotary], axis=-1), v
 

@@ -7,7 +7,7 @@ known here about sequences, pages or batches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,16 +24,19 @@ from pallas_kernels.target import Target
 class AttentionInput:
     """What a layer brings to attention.
 
-    Latent (`Latent`): k is the cache's one vector a token, v is None, and k_up and v_up project each
-    head's key and value from its first kv_rank numbers; the rest is the rotary part of all heads' keys.
+    Latent (`Latent`): k is the cache's one vector a token, v is None, and `up` projects each head's key
+    and value from its first kv_rank numbers; the rest is the rotary part of all heads' keys.
     """
 
     q: Array  # [tokens, q_heads, head_dim]
     k: Array  # [tokens, kv_heads, head_dim]; latent: [tokens, 1, row_dim]
     v: Array | None  # like k
     sinks: Array | None = None  # float32 [q_heads]
-    k_up: Array | None = None  # [q_heads, kv_rank, nope_dim]
-    v_up: Array | None = None  # [q_heads, kv_rank, value_dim]
+    up: tuple[Array, Array] | None = None  # [q_heads, kv_rank, nope_dim], [q_heads, kv_rank, value_dim]
+
+    def part(self, start: int, end: int | None) -> AttentionInput:
+        """Of queries [start, end) alone."""
+        return replace(self, q=self.q[start:end])
 
 
 # attend(config, layer, view, cache, brought) -> (values [tokens, q_heads, head_dim or value_dim], cache):
@@ -78,7 +81,7 @@ def latent_attention(
     row = linear(x, weights["kv_a"], target)
     compressed = rms_norm(row[:, : latent.kv_rank], weights["kv_a_norm"], config.norm_eps)
     row = jnp.concatenate([compressed, apply_rope(row[:, latent.kv_rank :], *rope)], axis=-1)
-    out, cache = see(AttentionInput(q, row[:, None], None, k_up=weights["k_up"], v_up=weights["v_up"]))
+    out, cache = see(AttentionInput(q, row[:, None], None, up=(weights["k_up"], weights["v_up"])))
     return linear(out.reshape(tokens, -1), weights["o"], target), cache
 
 

@@ -59,8 +59,8 @@ def expanded_prefill(
 
     Pages, rows and positions are those of `paged_attention.prefill_attention` over a latent layout.
     A token's vector is its latent [rank], then the rotary key [rope] of all heads. Head h has the key
-    [latent @ w_uk[:, h]; rotary key] and the value latent @ w_uv[:, h]:
-    w_uk [rank, q_heads, nope], w_uv [rank, q_heads, v_dim], both of q's dtype.
+    [latent @ w_uk[h]; rotary key] and the value latent @ w_uv[h]:
+    w_uk [q_heads, rank, nope], w_uv [q_heads, rank, v_dim], both of q's dtype.
     """
     spec = _spec(q, kv_pages, block_tables, q_lens, w_uk, w_uv, layout)
     run = choice(spec, target).implementation.run
@@ -78,8 +78,8 @@ def _spec(
     check_pages(kv_pages, layout)
     rank, rope = layout.value_dim, layout.head_dim - layout.value_dim
     for name, weight in (("w_uk", w_uk), ("w_uv", w_uv)):
-        if weight.ndim != 3 or weight.shape[:2] != (rank, q_heads):
-            raise ValueError(f"{name} {weight.shape} must be [{rank}, {q_heads}, ...]: latent lanes, query heads")
+        if weight.ndim != 3 or weight.shape[:2] != (q_heads, rank):
+            raise ValueError(f"{name} {weight.shape} must be [{q_heads}, {rank}, ...]: query heads, latent lanes")
         if weight.dtype != q.dtype:
             raise ValueError(f"q is {q.dtype}, {name} is {weight.dtype}")
     if head_dim != w_uk.shape[2] + rope:

@@ -55,7 +55,7 @@ def prefill(
         latents = unpack_rows(kv_pages[table].reshape(chunk, -1), layout)[:, 0, 0].astype(q.dtype)
         latents = jnp.where((kv_pos < kv_lens[row])[:, None], latents, 0)  # 0 * NaN of a stale page is NaN
         rope = latents[:, rank:]
-        k, v = (_product("cr,rhd->hcd", latents[:, :rank], w).astype(q.dtype) for w in (w_uk, w_uv))
+        k, v = (_product("cr,hrd->hcd", latents[:, :rank], w).astype(q.dtype) for w in (w_uk, w_uv))
 
         def one_block(b: Array, state: State) -> State:
             index = b * block + jnp.arange(block, dtype=jnp.int32)

@@ -57,6 +57,7 @@ LATENT = replace(
     num_kv_heads=MODEL.num_q_heads,
     head_dim=8 + 2 * len(ROPE.inv_freq),
     qk_norm="none",
+    attention_softcap=None,  # as in every model that has latents; with it the expanded form is not used
     experts=Experts(
         num_experts=8, per_token=3, intermediate_size=16, scoring="sigmoid", correction=True, groups=4, groups_kept=2,
         group_best=2, scale=1.5,
