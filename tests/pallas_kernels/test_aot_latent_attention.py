@@ -39,7 +39,7 @@ def test_compiles_without_the_expanded_context(case: Case, chip: str) -> None:
     rows = jax.ShapeDtypeStruct((spec.rows,), jnp.int32)
     pool = jax.ShapeDtypeStruct(((1 << 31) // spec.page_size // spec.layout.token_bytes, spec.page_size,
                                  spec.layout.width), spec.layout.dtype)  # fmt: skip
-    weights = [jax.ShapeDtypeStruct((case.rank, case.q_heads, last), spec.dtype) for last in (case.nope, case.v_dim)]
+    weights = [jax.ShapeDtypeStruct((case.q_heads, case.rank, last), spec.dtype) for last in (case.nope, case.v_dim)]
     shapes = [
         jax.ShapeDtypeStruct((spec.tokens, case.q_heads, case.nope + case.rope), spec.dtype),
         pool,
