@@ -30,13 +30,14 @@ FAULTS = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, K
 class Rival:
     """`call(*moving, *fixed)` of what `prepare` makes of a case's inputs; None: they are taken as they are.
 
-    host: not a JAX program; `call` runs and waits for the device itself, and returns numpy.
+    fetch: where it is no JAX program. `call` takes `turns` and waits for the device itself; `fetch` makes
+    numpy of what it returns.
     """
 
     name: str
     call: Callable[..., Any]
     prepare: Callable[[Inputs], Inputs] | None = None
-    host: bool = False
+    fetch: Callable[[Any], np.ndarray] | None = None
 
 
 class NotServed(Exception):
@@ -199,16 +200,18 @@ def torch_attention(work: Work) -> Any:
         k, v = gathered(work, inputs)
         return (to_torch(q[:, None] if decode else q[None]),), (to_torch(k), to_torch(v))
 
-    def call(q: Any, k: Any, v: Any, turns: int = 1) -> np.ndarray:
+    def call(q: Any, k: Any, v: Any, turns: int = 1) -> Any:
         out = None
         for _ in range(turns):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **how)
         torch.cuda.synchronize()
-        assert out is not None
+        return out
+
+    def fetch(out: Any) -> np.ndarray:
         wide = out.transpose(1, 2).float()
         return (wide[:, 0] if decode else wide[0]).cpu().numpy()
 
-    return call, prepare, True
+    return call, prepare, fetch
 
 
 # Matrices.

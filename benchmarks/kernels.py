@@ -102,7 +102,7 @@ def _ours(work: Work, target: Target) -> list[tuple[str, str]]:
 
 
 def _rivals_program(rival: Rival, inputs: Any, turns: int, copies: int) -> Program:
-    if rival.host:
+    if rival.fetch is not None:
         return Program(rival.name, False, "", None, None, turns, 1, rival)
     moving, fixed = jax.eval_shape(rival.prepare, inputs) if rival.prepare is not None else inputs
     once, loop = compiled_pair(rival.call, moving, fixed, turns, copies)
@@ -142,8 +142,10 @@ def measure(prepared: Prepared) -> list[dict[str, Any]]:
 def _checked_time(program: Program, work: Work, inputs: Any, wanted: Array) -> dict[str, Any]:
     rival = program.rival
     moving, fixed = inputs if rival is None or rival.prepare is None else rival.prepare(inputs)
-    host = rival.call if rival is not None and rival.host else None
-    got = host(*moving, *fixed) if host is not None else program.once(*moving, *fixed)
+    if rival is not None and rival.fetch is not None:
+        host, got = rival.call, rival.fetch(rival.call(*moving, *fixed))
+    else:
+        host, got = None, program.once(*moving, *fixed)
     found = error(work, jnp.asarray(got), wanted)
     limit = work.tolerance if program.ours else RIVAL_TOLERANCE
     row: dict[str, Any] = {"error": float(f"{found:.3g}")}

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import kernels
 from benchmarks.device import Rates, copies_for, looped, measure_rates, timed, turns_for
-from benchmarks.kernel_rivals import rivals
+from benchmarks.kernel_rivals import Rival, rivals
 from benchmarks.kernel_work import OPS, Work, all_work, error
 from pallas_kernels.target import CPU, Target
 
@@ -52,6 +53,20 @@ def test_a_wrong_result_is_not_timed(op: str, name: str) -> None:
 
     row = rows_of(replace(work, call=spoilt))["octavo"]
     assert "wrong: error 0." in row["failed"] and "timing" not in row
+
+
+def test_a_library_outside_jax_runs_its_own_turns() -> None:
+    work, turns = named("quantized_matmul", "int8"), []
+
+    def call(x: Any, w: Any, turns_: list[int] = turns, turns: int = 1) -> Any:
+        turns_.append(turns)
+        return work.answer(x, w)
+
+    rival = Rival("host", call, fetch=np.asarray)
+    program = kernels.Program("host", False, "", None, None, 3, 1, rival)
+    inputs = jax.jit(work.make)()
+    row = kernels._checked_time(program, work, inputs, work.answer(*inputs[0], *inputs[1]))
+    assert row["error"] == 0 and row["timing"].turns == 3 and turns[0] == 1 and set(turns[1:]) == {3}
 
 
 def test_one_wrong_number_is_seen() -> None:
