@@ -96,8 +96,9 @@ def tables(rows: Iterable[Row]) -> dict[str, Table]:
             target = Target(facts.platform, chip)
             why = declined(choice, target)
             table.put(case, chip, cell(latest.pop((op, case, chip), None), table) if why is None else table.reason(why))
-    for (op, case, chip), row in sorted(latest.items()):
-        if op not in found or case not in found[op].cases:
+    listed = {(op, case) for op, table in found.items() for case in table.cases}
+    for (op, case, chip), row in latest.items():
+        if (op, case) not in listed:
             table = found.setdefault(op, Table())
             table.put(case, chip, cell(row, table))
     return found

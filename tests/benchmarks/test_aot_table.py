@@ -20,6 +20,7 @@ def test_cells_say_compiled_declined_failed_or_not_run() -> None:
         row("int8", "h100", outcome="failed", why="ptxas: no registers", compiled=None),
         row("int8", "v5p", compiled={"chip": "v5p", "scratch_bytes": None, "temp_bytes": 0}),
         row("decode_int8", "v6e", op="kv_write"),
+        row("decode_int8", "v5e", op="kv_write"),
     ]
     found = tables(rows)
     table = found["quantized_matmul"]
@@ -29,7 +30,9 @@ def test_cells_say_compiled_declined_failed_or_not_run() -> None:
     assert table.reasons[number - 1] == "ptxas: no registers"
     declined = table.cases["llama_8b_qkv_int8_4096"]["h200"]
     assert "4096 tokens are over 512" in table.reasons[int(declined.strip("[]")) - 1]
-    assert found["kv_write"].cases == {"decode_int8": {"v6e": "3.0 MiB"}}
-    assert counts("kv_write", found["kv_write"]) == ["kv_write", "1", "0", "0", "0"]
+    assert found["kv_write"].cases == {"decode_int8": {"v6e": "3.0 MiB", "v5e": "3.0 MiB"}}
+    assert counts("kv_write", found["kv_write"]) == ["kv_write", "2", "0", "0", "0"]
     page = render(found, "2026-11-21")
-    assert "| decode_int8 |  |  | 3.0 MiB |" in page and "ptxas: no registers" in page and "on 2026-11-21" in page
+    assert (
+        "| decode_int8 | 3.0 MiB |  | 3.0 MiB |" in page and "ptxas: no registers" in page and "on 2026-11-21" in page
+    )
