@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from engine.model.weights.hf import read_json
 from tests.model.models import FOLDER
 
 F32 = gguf.GGMLQuantizationType.F32
-PERMUTED = {"llama", "mistral", "smollm3", "granite"}
+PERMUTED = {"llama", "mistral", "mixtral", "smollm3", "granite", "granitemoe"}
 LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -29,6 +30,14 @@ LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.router.layer": "ffn_gate_inp",
+    "block_sparse_moe.output_linear": "ffn_down_exps",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "input_layernorm": "attn_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -49,10 +58,11 @@ def write_fixture(name: str, path: Path, kind: gguf.GGMLQuantizationType = F32, 
     """`name` of tests/fixtures/models as a GGUF file; `metadata` adds keys of the architecture."""
     hf = json.loads((FOLDER / name / "config.json").read_text())
     family = hf["model_type"]
-    arch = str({"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family))
+    arch = str({"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe",
+                "qwen3_moe": "qwen3moe"}.get(family, family))  # fmt: skip
     writer = gguf.GGUFWriter(path, arch)
     _add_metadata(writer, arch, hf, metadata)
-    for tensor, values in hf_tensors(name).items():
+    for tensor, values in merged_experts(hf_tensors(name)).items():
         add_tensor(writer, *converted(family, hf, tensor, values), kind)
     for tensor, values in _rope_tensors(hf).items():
         writer.add_tensor(tensor, values)
@@ -87,7 +97,29 @@ def converted(family: str, hf: dict[str, Any], name: str, values: np.ndarray) ->
     if family in PERMUTED and rest.endswith(("q_proj", "k_proj")):
         heads = hf["num_attention_heads"] if rest.endswith("q_proj") else hf["num_key_value_heads"]
         values = interleaved(values, heads)
-    return f"blk.{layer}.{LAYER_NAMES[rest]}.{ending}", values
+    if rest == "mlp.shared_expert_gate":
+        values = values.reshape(-1)
+    return f"blk.{layer}.{LAYER_NAMES.get(rest, rest)}.{ending}", np.ascontiguousarray(values)
+
+
+def merged_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts' matrices stacked, [experts, out, in], under the names of GGUF's; Granite's cut in gate and up."""
+    out: dict[str, np.ndarray] = {}
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, values in tensors.items():  # sorted names: experts 0 to 9 are in order
+        layer = ".".join(name.split(".")[:3])
+        expert = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", name)
+        if expert:
+            kind = {"w1": "gate", "w3": "up", "w2": "down"}.get(expert[2], expert[2].removesuffix("_proj"))
+            stack = stacks.setdefault(f"{layer}.ffn_{kind}_exps.weight", [])
+            assert int(expert[1]) == len(stack)
+            stack.append(values)
+        elif name.endswith("input_linear.weight"):
+            gate, up = np.split(values, 2, axis=1)
+            out |= {f"{layer}.ffn_gate_exps.weight": gate, f"{layer}.ffn_up_exps.weight": up}
+        else:
+            out[name] = values
+    return out | {name: np.stack(stack) for name, stack in stacks.items()}
 
 
 def interleaved(values: np.ndarray, num_heads: int) -> np.ndarray:
@@ -148,6 +180,11 @@ def _add_metadata(writer: gguf.GGUFWriter, arch: str, hf: dict[str, Any], extra:
     numbers |= {new: float(hf[old]) for old, new in renamed.items() if hf.get(old) is not None}
     if arch == "gemma3":
         numbers["attention.sliding_window_pattern"] = hf["sliding_window_pattern"]
+    experts = {"expert_count": hf.get("num_experts") or hf.get("num_local_experts"),
+               "expert_used_count": hf.get("num_experts_per_tok"),
+               "expert_feed_forward_length": hf.get("moe_intermediate_size"),
+               "expert_shared_feed_forward_length": hf.get("shared_expert_intermediate_size")}  # fmt: skip
+    numbers |= {key: value for key, value in experts.items() if value is not None}
     add: dict[type, Callable] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in {**numbers, **extra}.items():
         add[type(value)](f"{arch}.{key}", value)

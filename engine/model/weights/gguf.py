@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from engine.model.params import param_specs
 from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
 from engine.model.weights.gguf_config import ROPE_FACTORS, ROPE_FREQS, gguf_model_config
 from engine.model.weights.gguf_packed import PACKINGS, unpacked_rows
-from engine.model.weights.names import Piece, pieces
+from engine.model.weights.names import Piece, View, pieces
 from engine.model.weights.packed import QuantizedTensor, blocks, empty, stored_weight
 from sharding.params import ParamSpec
 
@@ -32,7 +32,7 @@ NUM_THREADS = 2  # numpy releases the lock while it expands a block
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
 # Architectures whose files keep each head's rotary pairs side by side (0, d/2, 1, d/2 + 1, ...).
-INTERLEAVED = frozenset({"llama", "smollm3", "granite"})
+INTERLEAVED = frozenset({"llama", "smollm3", "granite", "granitemoe"})
 
 # Hugging Face's name within a layer -> GGUF's. Families with norms after the blocks differ, below.
 _LAYER_NAMES = {
@@ -60,10 +60,49 @@ _OUTER_NAMES = {
 }
 
 
+# A mixture of experts: one tensor for all experts' matrices of a kind. Names within a layer are GGUF's.
+_EXPERT_NAMES = frozenset(
+    {"router", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down", "shared_gate"}
+)  # fmt: skip
+
+
+def _expert_pieces(config: ModelConfig, name: str) -> tuple[Piece, ...]:
+    experts, hidden = config.experts, config.hidden_size
+    if experts is None:
+        raise ValueError("the config has no experts")
+    count, size, shared = experts.num_experts, experts.intermediate_size, experts.shared_size
+
+    def transposed(array: np.ndarray) -> np.ndarray:
+        return np.swapaxes(array, -1, -2)
+
+    def half(index: int) -> View:  # [..., embed, blocks, 2, block] seen as [..., blocks, block, embed]
+        return lambda array: np.moveaxis(array[..., index, :], -3, -1)
+
+    def piece(stem: str, view: View, *shape: int) -> Piece:
+        return Piece(f"{stem}.weight", (view,), shape=shape)
+
+    return {
+        "router": (piece("ffn_gate_inp", transposed, count, hidden),),
+        "experts_gate_up": (
+            piece("ffn_gate_exps", half(0), count, size, hidden),
+            piece("ffn_up_exps", half(1), count, size, hidden),
+        ),
+        "experts_down": (piece("ffn_down_exps", transposed, count, hidden, size),),
+        "shared_gate_up": (
+            piece("ffn_gate_shexp", half(0), shared, hidden),
+            piece("ffn_up_shexp", half(1), shared, hidden),
+        ),
+        "shared_down": (piece("ffn_down_shexp", transposed, hidden, shared),),
+        "shared_gate": (piece("ffn_gate_inp_shexp", transposed, hidden),),
+    }[name]
+
+
 def gguf_name(config: ModelConfig, name: str) -> str:
     """GGUF's name of the tensor that Hugging Face calls `name` ("model.layers.0.mlp.up_proj.weight")."""
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
+    if name.startswith("blk."):
+        return name
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
     stem, kind = rest.rsplit(".", 1)
     table = _LAYER_NAMES if config.norm_place == "pre" else _POST_NORM_NAMES
@@ -128,8 +167,13 @@ class GgufCheckpoint:
         list(threads.map(fill, blocks(piece, leaves)))
 
     def pieces(self, param: str) -> Iterator[Piece]:
-        """The stored tensors of `param`, still under their Hugging Face names."""
-        return pieces(self.config, param, "model.", "lm_head.weight")
+        """The stored tensors of `param`, still under their Hugging Face names but for experts."""
+        layer, _, name = param.removeprefix("layers.").partition(".")
+        if name not in _EXPERT_NAMES:
+            yield from pieces(self.config, param, "model.", "lm_head.weight")
+            return
+        for piece in _expert_pieces(self.config, name):
+            yield replace(piece, name=f"blk.{layer}.{piece.name}")
 
     def _fill(self, reader: TensorReader, threads: Executor, piece: Piece, array: np.ndarray) -> None:
         name = gguf_name(self.config, piece.name)

@@ -132,8 +132,11 @@ def _rope(meta: Metadata, read: ReadTensor) -> dict[str, Any]:
 
 
 def _llama(meta: Metadata) -> dict[str, Any]:
-    """Llama, SmolLM2, Mistral: the last is a Llama with a window."""
-    window = meta.value("attention.sliding_window")
+    """Llama, SmolLM2, Mistral, a Llama with a window, and Mixtral, a Llama with experts."""
+    window = meta.value("attention.sliding_window") or None
+    if meta.value("expert_count"):
+        return {"model_type": "mixtral", "sliding_window": window, "num_local_experts": meta.number("expert_count"),
+                "num_experts_per_tok": meta.number("expert_used_count")}  # fmt: skip
     return {"model_type": "mistral", "sliding_window": window} if window else {"model_type": "llama"}
 
 
@@ -189,6 +192,31 @@ def _granite(meta: Metadata) -> dict[str, Any]:
     }
 
 
+def _granite_moe(meta: Metadata) -> dict[str, Any]:
+    return {
+        **_granite(meta),
+        "model_type": "granitemoe",
+        "num_local_experts": meta.number("expert_count"),
+        "num_experts_per_tok": meta.number("expert_used_count"),
+    }
+
+
+def _qwen_moe(meta: Metadata) -> dict[str, Any]:
+    """Which layers have experts the tensors tell; llama.cpp adds up the weights to one for Qwen3 alone."""
+    layers = range(meta.number("block_count"))
+    keys = {
+        "model_type": f"{meta.arch.removesuffix('moe')}_moe",
+        "num_experts": meta.number("expert_count"),
+        "num_experts_per_tok": meta.number("expert_used_count"),
+        "moe_intermediate_size": meta.number("expert_feed_forward_length"),
+        "norm_topk_prob": meta.arch == "qwen3moe",
+        "mlp_only_layers": [i for i in layers if not meta.has(f"blk.{i}.ffn_gate_inp.weight")],
+    }
+    if meta.arch == "qwen2moe":
+        keys["shared_expert_intermediate_size"] = meta.number("expert_shared_feed_forward_length")
+    return keys
+
+
 ARCHITECTURES: dict[str, Callable[[Metadata], Mapping[str, Any]]] = {
     "llama": _llama,
     "smollm3": _plain("smollm3"),
@@ -198,6 +226,9 @@ ARCHITECTURES: dict[str, Callable[[Metadata], Mapping[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "granite": _granite,
+    "granitemoe": _granite_moe,
+    "qwen2moe": _qwen_moe,
+    "qwen3moe": _qwen_moe,
     "olmo2": _plain("olmo2"),
 }
 
