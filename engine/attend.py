@@ -104,8 +104,7 @@ class PagedAttention:
         if prefill is not None:
             rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
             queries = brought.part(num_decode, None)
-            plain = config.attention_softcap is None and layer.window is None
-            if config.latent and brought.up and plain and expanding_pays(config.latent, queries.q.shape[0]):
+            if brought.up and expands(config, layer, queries.q.shape[0]):
                 scale = config.attention_scale
                 parts.append(expanded_prefill(queries.q, kv_pages, *rows, *brought.up, scale=scale, **on))
             else:
@@ -113,12 +112,15 @@ class PagedAttention:
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages
 
 
-def expanding_pays(latent: Latent, num_queries: int) -> bool:
-    """Whether so many queries do less when keys and values are expanded for them than in the absorbed form.
+def expands(config: ModelConfig, layer: LayerSpec, num_queries: int) -> bool:
+    """Whether so many queries over latents take expanded keys and values: where that is less work than absorbing.
 
     Multiplications a head and key: once kv_rank * (nope + value), then nope + rope + value a query instead of
     row_dim + kv_rank.
     """
+    latent = config.latent
+    if latent is None or config.attention_softcap is not None or layer.window is not None:
+        return False
     saved = latent.row_dim + latent.kv_rank - (latent.nope_dim + latent.rope_dim + latent.value_dim)
     return saved * num_queries > latent.kv_rank * (latent.nope_dim + latent.value_dim)
 

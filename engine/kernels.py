@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from engine.attend import expands
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig
 from engine.errors import InvalidParam
@@ -16,6 +17,8 @@ from engine.programs import compute_of, param_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.kv_write import api as kv_write
+from pallas_kernels.latent_attention import api as latent_attention
+from pallas_kernels.latent_attention.api import ExpandedSpec
 from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_attention.api import AttentionSpec
 from pallas_kernels.quantized import Quantized
@@ -37,8 +40,7 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     compute = compute_of(model, config)
     for key in lattice(config):
         for spec in dict.fromkeys(model.layers):
-            for attention in _attention_specs(model, config, spec, key):
-                yield paged_attention.choice(attention, config.target)
+            yield from _attention_choices(model, config, spec, key)
         tokens = key.tokens + key.rows
         yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, compute.kv), config.target)
         for rows, weight in _matmuls(model, config, tokens):
@@ -60,26 +62,23 @@ def _matmuls(model: ModelConfig, config: EngineConfig, tokens: int) -> Iterator[
             yield tokens, weight
 
 
-def _attention_specs(
-    model: ModelConfig, config: EngineConfig, layer: LayerSpec, key: StepKey
-) -> Iterator[AttentionSpec]:
-    """The attention calls of a layer in one program."""
-    calls: list[tuple[Literal["decode", "prefill"], int, int]] = [
-        ("decode", key.rows, key.rows),
-        ("prefill", key.tokens, config.max_prefill_rows),
-    ]
-    for kind, tokens, rows in calls:
-        if tokens:
-            yield AttentionSpec(
-                kind=kind,
-                tokens=tokens,
-                rows=rows,
-                pages_per_seq=config.max_pages_per_seq,
-                q_heads=model.num_q_heads,
-                page_size=config.page_size,
-                dtype=config.dtype,
-                layout=compute_of(model, config).kv,
-                softcap=model.attention_softcap,
-                window=layer.window,
-                sinks=model.attention_sinks,
-            )
+def _attention_choices(model: ModelConfig, config: EngineConfig, layer: LayerSpec, key: StepKey) -> Iterator[Choice]:
+    """Of the attention calls of a layer in one program."""
+    shared: dict[str, Any] = {
+        "pages_per_seq": config.max_pages_per_seq,
+        "q_heads": model.num_q_heads,
+        "page_size": config.page_size,
+        "dtype": config.dtype,
+        "layout": compute_of(model, config).kv,
+    }
+    how: dict[str, Any] = {"softcap": model.attention_softcap, "window": layer.window, "sinks": model.attention_sinks}
+    if key.rows:
+        decode = AttentionSpec(kind="decode", tokens=key.rows, rows=key.rows, **shared, **how)
+        yield paged_attention.choice(decode, config.target)
+    prefill: dict[str, Any] = {"tokens": key.tokens, "rows": config.max_prefill_rows}
+    latent = model.latent
+    if key.tokens and latent is not None and expands(model, layer, key.tokens):
+        sizes: dict[str, Any] = {"nope_dim": latent.nope_dim, "value_dim": latent.value_dim}
+        yield latent_attention.choice(ExpandedSpec(**prefill, **shared, **sizes), config.target)
+    elif key.tokens:
+        yield paged_attention.choice(AttentionSpec(kind="prefill", **prefill, **shared, **how), config.target)

@@ -20,7 +20,14 @@ CPU_MEMORY_FRACTION = 0.8  # of what the machine has
 DEVICE_MEMORY_FRACTION = 0.92  # of what the runtime reports; the rest is for its own buffers
 
 
-OPS = ("decode_attention", "prefill_attention", "kv_write", "quantized_matmul", "grouped_matmul")
+OPS = (
+    "decode_attention",
+    "prefill_attention",
+    "expanded_prefill",
+    "kv_write",
+    "quantized_matmul",
+    "grouped_matmul",
+)
 _KV_DTYPES: dict[str, KVDtype] = {
     "int8": "int8",
     "fp8": "float8_e4m3fn",

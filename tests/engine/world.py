@@ -20,11 +20,12 @@ from engine.loop import Engine
 from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope
 from engine.model.params import param_specs
 from engine.model.quantization import pack
-from engine.programs import compute_of, serving_programs
+from engine.programs import compute_of, serving_programs, slots_of
 from engine.request import FinishReason, Request, SamplingParams, TextDelta
 from engine.runner import Runner
 from engine.sequence import stop_token_ids
 from engine.stats import Counters
+from pallas_kernels.paged_attention.checks import check_block_tables
 from pallas_kernels.target import CPU
 from sharding.params import init_array
 from tests.oracle import naive_logits
@@ -86,12 +87,13 @@ CONFIG = EngineConfig(
 )
 
 
+FEWER = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,))  # programs; CONFIG has the buckets' borders
 # What the equality net runs over: (model, configuration).
 KINDS = {
     "float": (MODEL, CONFIG),
-    "experts": (MIXED, CONFIG),
-    "latent": (LATENT, CONFIG),
-    "packed": (MODEL, replace(CONFIG, quantization="int8", kv_cache_dtype="int8")),
+    "experts": (MIXED, FEWER),
+    "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
+    "packed": (MODEL, replace(FEWER, quantization="int8", kv_cache_dtype="int8")),
 }
 
 
@@ -155,7 +157,24 @@ def step(engine: Engine) -> bool:
     engine._read_inbox(block=False)
     worked = engine.run_once_overlapped() if engine.config.overlap else engine.run_once()
     engine.scheduler.check()
+    check_device_tables(engine)
     return worked
+
+
+def check_device_tables(engine: Engine) -> None:
+    """The block tables on the device name pages of the pool, no page twice in a row, and those of the books."""
+    running, size = engine.scheduler.running, engine.config.page_size
+    if not running:
+        return
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    structure = jax.tree.structure(slots_of(runner.model, runner.config))
+    slots = jax.tree.unflatten(structure, list(runner._slots))
+    rows = np.asarray(slots.block_tables)[[seq.slot for seq in running]]
+    sent = [seq.num_sent_pages for seq in running]
+    check_block_tables(rows, np.asarray(sent) * size, engine.config.num_pages, size)
+    for seq, row in zip(running, rows, strict=True):
+        assert row[: seq.num_sent_pages].tolist() == seq.pages[: seq.num_sent_pages]
 
 
 def run(engine: Engine, max_steps: int = 5000) -> None:
