@@ -22,7 +22,7 @@ LINEARS = {"self_attn.q_proj": (256, HIDDEN), "self_attn.k_proj": (128, HIDDEN),
            "self_attn.o_proj": (HIDDEN, 256), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN),
            "mlp.down_proj": (HIDDEN, MLP)}  # fmt: skip
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-          "I8": np.int8, "I32": np.int32, "I64": np.int64}  # fmt: skip
+          "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}  # fmt: skip
 Tensors = dict[str, np.ndarray]
 Linear = Callable[[np.random.Generator, int, int], tuple[Tensors, np.ndarray]]
 
@@ -210,3 +210,56 @@ def float8(
         return tensors, numbers.astype(np.float32) * spread
 
     return linear
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def write_gpt_oss(folder: Path) -> Path:
+    """A gpt-oss of two layers whose experts are mxfp4, all else random and bfloat16; and its float twin."""
+    rng = np.random.default_rng(29)
+    experts, hidden, mlp = 4, 64, 96
+    config = {**hf_config("gpt_oss"), "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": 2,
+              "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    sizes = {"experts.gate_up_proj": (2 * mlp, hidden), "experts.down_proj": (hidden, mlp)}
+    grown = {32: hidden, 48: mlp, 96: 2 * mlp}
+
+    def grown_size(size: int) -> int:
+        return next((new for old, new in grown.items() if old == size), size)
+
+    quantized: Tensors = {}
+    for name, values in hf_tensors("gpt_oss").items():
+        if ".layers.2." in name or ".layers.3." in name or name.endswith(("gate_up_proj", "down_proj")):
+            continue
+        shape = tuple(grown_size(n) for n in values.shape)
+        if "self_attn" in name:  # heads stay as they are
+            rows, *columns = values.shape
+            if "o_proj" in name:
+                shape = (hidden, *columns)
+            else:
+                shape = (rows, *(hidden for _ in columns))
+        if name.endswith("norm.weight"):
+            quantized[name] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        else:
+            quantized[name] = (rng.standard_normal(shape) * 0.2).astype(ml_dtypes.bfloat16)
+    wide = dict(quantized)
+    for layer in range(2):
+        for name, (rows, k) in sizes.items():
+            stem = f"model.layers.{layer}.mlp.{name}"
+            blocks = rng.integers(0, 256, (experts, rows, k // 32, 16)).astype(np.uint8)
+            scales = rng.integers(120, 127, (experts, rows, k // 32)).astype(np.uint8)
+            weight = np.zeros((experts, rows, k), np.float32)
+            for index in np.ndindex(experts, rows, k // 32):
+                factor = 2.0 ** (int(scales[index]) - 127)
+                for i, byte in enumerate(blocks[index].tolist()):
+                    at = index[2] * 32 + 2 * i
+                    weight[index[0], index[1], at : at + 2] = E2M1[byte & 15] * factor, E2M1[byte >> 4] * factor
+            quantized |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
+            wide[stem] = np.ascontiguousarray(weight.swapaxes(1, 2))
+    method = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    twin = folder.with_name(f"{folder.name}-float")
+    for place, tensors, keys in ((folder, quantized, {"quantization_config": method}), (twin, wide, {})):
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps({**config, **keys}))
+        write_safetensors(place / "model.safetensors", tensors)
+    return folder

@@ -27,6 +27,7 @@ from tests.model.quantized_folders import (
     gptq,
     requantize_fixture,
     write_folder,
+    write_gpt_oss,
 )
 from tests.model.test_packed_gguf import FLOAT32, Both, by_hand
 from tests.oracle import naive_logits
@@ -219,6 +220,19 @@ def test_experts_and_latents_in_float8_blocks(name: str, tmp_path: Path) -> None
         assert kinds == {"q_a", "q", "kv_a", "o", "gate_up", "down", "shared_gate_up", "shared_down", *experts}
     check_weights(both)
     check_logits(both, 1e-4)
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    both = load_both(write_gpt_oss(tmp_path / "model"))
+    packing = Packing("int8", 32, scale_dtype="bfloat16")
+    assert both.packings == {f"layers.{i}.{name}": packing for i in (0, 1) for name in EXPERTS}
+    for key in both.packings:
+        assert quantized_bytes(both.packed[key]) == 8.5 * both.wide[key].size / 8
+    check_weights(both)
+    check_logits(both, 1e-4)
+
+
+EXPERTS = ("experts_gate_up", "experts_down")
 
 
 def test_layers_that_stay_float(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ class CompressedTensors:
             raise ModelError(f"{stem} is quantized, but no target of quantization_config.config_groups names it")
         return found
 
+    joint: str = "."
+
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         packed = "weight_packed" in dtypes
         if not packed and dtypes.get("weight") not in ("I8", "F8_E4M3"):

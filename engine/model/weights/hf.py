@@ -70,7 +70,7 @@ class HfCheckpoint:
 
     def pieces(self, param: str) -> list[Piece]:
         head = next((name for name in HEADS if name in self.tensors), HEADS[0])
-        return list(pieces(self.config, param, self.prefix, head))
+        return list(pieces(self.config, param, self.prefix, head, by_rows=self._joint == "_"))
 
     def stored(self, specs: Mapping[str, ParamSpec]) -> dict[str, StoredWeight]:
         found = {
@@ -93,19 +93,32 @@ class HfCheckpoint:
         """name -> (allowed dtypes, shape) of the tensors that stand for `piece`; None: it is not quantized."""
         if self.scheme is None or not piece.name.endswith(".weight"):
             return None
-        shape, stem = piece.stored_shape(_shape_only(spec)), piece.name.removesuffix(".weight")
-        found = self.scheme.tensors(stem, *shape, self._dtypes(stem)) if len(shape) == 2 else None
-        return None if found is None else {f"{stem}.{name}": wanted for name, wanted in found.items()}
+        *lead, k = piece.stored_shape(_shape_only(spec))
+        if not lead:
+            return None
+        stem, rows = piece.name.removesuffix(".weight"), math.prod(lead)
+        found = self.scheme.tensors(stem, rows, k, self._dtypes(stem))
+        if found is None:
+            return None
+        joint = self.scheme.joint  # experts in one tensor keep their dimension in all of its parts
+        return {
+            f"{stem}{joint}{name}": (dtypes, (*lead, *shape[1:]) if len(lead) > 1 else shape)
+            for name, (dtypes, shape) in found.items()
+        }
 
     def _at(self, piece: Piece, spec: ParamSpec) -> tuple[str, int, dict[str, str], Callable[[str], np.ndarray]]:
         """stem, numbers a row, dtypes and reader of a quantized weight."""
         stem = piece.name.removesuffix(".weight")
-        k = piece.stored_shape(_shape_only(spec))[1]
-        return stem, k, self._dtypes(stem), lambda name: self._read(f"{stem}.{name}")
+        k = piece.stored_shape(_shape_only(spec))[-1]
+        return stem, k, self._dtypes(stem), lambda name: self._read(f"{stem}{self._joint}{name}")
 
     def _dtypes(self, stem: str) -> dict[str, str]:
-        names = {name: self.tensors.get(f"{stem}.{name}") for name in ENDINGS}
+        names = {name: self.tensors.get(f"{stem}{self._joint}{name}") for name in ENDINGS}
         return {name: tensor.dtype for name, tensor in names.items() if tensor is not None}
+
+    @property
+    def _joint(self) -> str:
+        return "." if self.scheme is None else self.scheme.joint
 
     @contextmanager
     def _naming(self, piece: Piece) -> Iterator[None]:

@@ -25,7 +25,8 @@ SCALES = ("F16", "BF16", "F32")
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the first, second, ... column stands
 # Ends of the names of tensors that stand for a weight.
 ENDINGS = ("weight", "qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "input_scale",
-           "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "input_zero_point")  # fmt: skip
+           "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "input_zero_point",
+           "blocks")  # fmt: skip
 # How GPTQ found the numbers, and where its libraries keep or compute with them.
 GPTQ_IGNORED = """
     damp_percent damp_auto_increment true_sequential static_groups model_seqlen meta use_exllama exllama_config
@@ -37,7 +38,11 @@ DYNAMIC_NOTE = "static input scales become one a row, dynamic"
 
 
 class Scheme(Protocol):
-    """How one quantized weight [rows, k] is stored. `dtypes`: its tensors' dtypes by the end of their names."""
+    """How one quantized weight [rows, k] is stored. `dtypes`: its tensors' dtypes by the end of their names,
+    which `joint` joins to the weight's."""
+
+    @property
+    def joint(self) -> str: ...
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         """The tensors that stand for the weight `stem`; None: it is not quantized."""
@@ -160,6 +165,7 @@ class Gptq:
     symmetric: bool
     act_order: bool
     zero_shift: int  # version 1 stores zero points minus one
+    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if "qweight" not in dtypes:
@@ -210,6 +216,7 @@ class Awq:
     """qweight [K, out / 8], qzeros [groups, out / 8], scales [groups, out]; words hold columns 0 2 4 6 1 3 5 7."""
 
     group: int | None
+    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if "qweight" not in dtypes:
@@ -247,6 +254,7 @@ class Fp8:
     block: tuple[int, int] | None
     activations: Activations
     note: str
+    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if dtypes.get("weight") not in ("F8_E4M3", "F8_E5M2"):
@@ -283,3 +291,38 @@ def fp8(keys: Config) -> Fp8:
     if not isinstance(block, list) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
         raise keys.wrong("weight_block_size", "must be two numbers")
     return Fp8((block[0], block[1]), "float", "activations are not rounded to float8")
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """gpt-oss's experts (OCP microscaling formats, 2023): blocks [experts, out, K / 32, 16], two e2m1 numbers a
+    byte, the first in the low bits, and scales [experts, out, K / 32], powers of two biased by 127.
+
+    Twice an e2m1 number is an integer, so int8 in groups of 32 holds them exactly, and bfloat16 the scales.
+    """
+
+    joint: str = "_"
+
+    def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
+        if "blocks" not in dtypes:
+            return None
+        return {"blocks": (("U8",), (rows, k // 32, 16)), "scales": (("U8",), (rows, k // 32))}
+
+    def packing(self, stem: str, k: int, dtypes: Mapping[str, str], read: Read) -> tuple[str, Packing | str, str]:
+        return "mxfp4", Packing("int8", None if k == 32 else 32, scale_dtype="bfloat16"), ""
+
+    def read(self, stem: str, k: int, dtypes: Mapping[str, str], read: Read) -> PackedRows:
+        blocks, scales = read("blocks").reshape(-1, k // 2), read("scales").reshape(-1, k // 32)
+        if (scales == 255).any():
+            raise ModelError("a block's scale is NaN")
+        numbers = np.empty((len(blocks), k), np.int8)
+        numbers[:, ::2], numbers[:, 1::2] = _TWICE_E2M1[blocks & 15], _TWICE_E2M1[blocks >> 4]
+        return PackedRows(numbers, np.ldexp(np.float32(1), scales.astype(np.int32) - 128))
+
+
+_TWICE_E2M1 = np.asarray([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def mxfp4(keys: Config) -> Mxfp4:
+    keys.ignore("modules_to_not_convert", "dequantize")
+    return Mxfp4()

@@ -186,8 +186,11 @@ def _granite_expert_pieces(config: ModelConfig, name: str) -> Pieces:
     return (pieces[name],)
 
 
-def _gpt_oss_expert_pieces(config: ModelConfig, name: str) -> Pieces:
-    """One tensor for all experts, [experts, in, out], gate and up in turns of one column."""
+def _gpt_oss_expert_pieces(config: ModelConfig, name: str, by_rows: bool) -> Pieces:
+    """One tensor for all experts, [experts, in, out], gate and up in turns of one column.
+
+    by_rows: quantized, where matrices are [experts, out, in].
+    """
     experts, hidden = config.experts, config.hidden_size
     if experts is None:
         raise ValueError("the config has no experts")
@@ -202,10 +205,16 @@ def _gpt_oss_expert_pieces(config: ModelConfig, name: str) -> Pieces:
         "experts_down": Piece(f"{where}down_proj", (_whole,), shape=(count, size, hidden)),
         "experts_down_bias": Piece(f"{where}down_proj_bias", (_whole,), shape=(count, hidden)),
     }
-    return (pieces[name],)
-
-
-_EXPERT_PIECES = {"granitemoe": _granite_expert_pieces, "gpt_oss": _gpt_oss_expert_pieces}
+    rows = {
+        # [experts, embed, blocks, 2, block] seen as [experts, blocks, block, 2, embed]
+        "experts_gate_up": Piece(
+            f"{where}gate_up_proj.weight", (lambda a: a.transpose(0, 2, 4, 3, 1),), shape=(count, 2 * size, hidden)
+        ),
+        "experts_down": Piece(
+            f"{where}down_proj.weight", (lambda a: a.transpose(0, 2, 1),), shape=(count, hidden, size)
+        ),
+    }
+    return (rows[name] if by_rows and name in rows else pieces[name],)
 
 
 def _latent_pieces(config: ModelConfig, name: str) -> Pieces:
@@ -282,8 +291,11 @@ IGNORED_STARTS = {
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def pieces(config: ModelConfig, param: str, prefix: str, head: str) -> Iterator[Piece]:
-    """The stored tensors that make up `param` (a key of `param_specs`), in order."""
+def pieces(config: ModelConfig, param: str, prefix: str, head: str, by_rows: bool = False) -> Iterator[Piece]:
+    """The stored tensors that make up `param` (a key of `param_specs`), in order.
+
+    by_rows: of a quantized checkpoint whose merged experts stand [experts, out, in].
+    """
     if param == "embed":
         yield Piece(f"{prefix}embed_tokens.weight", (_whole,))
     elif param == "lm_head":
@@ -292,14 +304,16 @@ def pieces(config: ModelConfig, param: str, prefix: str, head: str) -> Iterator[
         yield Piece(f"{prefix}norm.weight", (_whole,), NORM_OFFSET.get(config.family, 0.0))
     else:
         layer, name = param.removeprefix("layers.").split(".", 1)
-        for piece in _layer_pieces(config, name):
+        for piece in _layer_pieces(config, name, by_rows):
             yield replace(piece, name=f"{prefix}layers.{layer}.{piece.name}")
 
 
-def _layer_pieces(config: ModelConfig, name: str) -> Pieces:
+def _layer_pieces(config: ModelConfig, name: str, by_rows: bool) -> Pieces:
     """Names within "layers.{i}."."""
     if name.startswith(("experts_", "shared_", "router")):
-        return _EXPERT_PIECES.get(config.family, _expert_pieces)(config, name)
+        if config.family == "gpt_oss":
+            return _gpt_oss_expert_pieces(config, name, by_rows)
+        return (_granite_expert_pieces if config.family == "granitemoe" else _expert_pieces)(config, name)
     if config.latent is not None and name in _OF_LATENT:
         return _latent_pieces(config, name)
     if name == "sinks":

@@ -7,13 +7,14 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.model.weights.compressed_tensors import compressed_tensors
-from engine.model.weights.hf_packed import Config, Scheme, awq, fp8, gptq
+from engine.model.weights.hf_packed import Config, Scheme, awq, fp8, gptq, mxfp4
 
 SCHEMES: dict[str, Callable[[Config], Scheme]] = {
     "gptq": gptq,
     "awq": awq,
     "fp8": fp8,
     "compressed-tensors": compressed_tensors,
+    "mxfp4": mxfp4,
 }
 
 
