@@ -2,6 +2,7 @@
 # pyproject.toml changes. Pass options with ARGS:  make serve ARGS="--port 9000"
 VENV ?= .venv
 ARGS ?=
+PARALLEL := -n logical --maxprocesses 4 --dist loadgroup
 bin := $(VENV)/bin
 aot_rows := .cache/aot-rows.jsonl
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -15,7 +16,7 @@ serve: $(VENV)/.installed ## serve the embedded default model on port 8000
 	$(bin)/octavo serve $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests
-	$(bin)/python -m pytest $(if $(ARGS),$(ARGS),-q -m "not slow and not aot")
+	$(bin)/python -m pytest $(if $(ARGS),$(ARGS),-q -m "not slow and not aot" $(PARALLEL) --durations=20)
 
 check: $(VENV)/.installed-test ## formatting, lint and types
 	$(bin)/ruff format --check .
