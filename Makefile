@@ -2,7 +2,7 @@
 # pyproject.toml changes. Pass options with ARGS:  make serve ARGS="--port 9000"
 VENV ?= .venv
 ARGS ?=
-PARALLEL := -n logical --maxprocesses 4 --dist loadgroup
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 bin := $(VENV)/bin
 aot_rows := .cache/aot-rows.jsonl
 pip := $(bin)/python -m pip --disable-pip-version-check

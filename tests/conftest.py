@@ -19,17 +19,6 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("OCTAVO_CACHE_DIR", str(ROOT / ".cache"))
 
 
-# Folders whose tests share something costly: a server, compiled programs of a small model.
-TOGETHER = ("e2e", "engine")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`-n`), a file's tests stay in one, and those of some folders."""
-    for item in items:
-        folder, *_ = item.path.relative_to(ROOT / "tests").parts
-        item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def default_model_path() -> Path:
     """The GGUF file of the embedded default model, fetched on first use. Mark its tests `model`."""
