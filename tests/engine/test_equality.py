@@ -11,6 +11,7 @@ import random
 
 import pytest
 
+from engine.loop import Engine
 from engine.programs import compute_of
 from engine.request import FinishReason, Request, SamplingParams
 from tests.engine.world import CONFIG, KINDS, Client, World, check_choice, check_device_tables, step, world
@@ -57,6 +58,12 @@ def random_request(rng: random.Random, name: str, stems: list[list[int]]) -> Req
     )
 
 
+def checked_step(engine: Engine) -> bool:
+    worked = step(engine)
+    check_device_tables(engine)
+    return worked
+
+
 def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
     """One random day of the engine. Every finished choice is checked against the oracle."""
     rng = random.Random(seed)
@@ -72,7 +79,7 @@ def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
     stems = [[rng.randrange(VOCAB) for _ in range(60)] for _ in range(2)]
     clients, seeds = [], {}
     to_come = rng.randrange(4, 12)
-    while to_come or step(engine):
+    while to_come or checked_step(engine):
         while to_come and rng.random() < 0.5:
             to_come -= 1
             request = random_request(rng, f"{seed}-{to_come}", stems)
@@ -84,7 +91,7 @@ def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
         if clients and rng.random() < 0.02:
             engine.abort(rng.choice(clients).request.request_id)
         if to_come:
-            step(engine)
+            checked_step(engine)
     assert not engine.outbox and not engine.scheduler.cache.pool.num_held
     for client in clients:
         assert set(client.finished) == set(range(client.request.params.n)), "every choice has one ending"

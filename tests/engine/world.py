@@ -157,7 +157,6 @@ def step(engine: Engine) -> bool:
     engine._read_inbox(block=False)
     worked = engine.run_once_overlapped() if engine.config.overlap else engine.run_once()
     engine.scheduler.check()
-    check_device_tables(engine)
     return worked
 
 
