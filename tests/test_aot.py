@@ -96,21 +96,20 @@ def first_layers(model: ModelConfig, count: int) -> ModelConfig:
 
 
 def cases() -> Iterator[Any]:
-    """(model, kind of step, chip, options). Short: two small models whole, two layers of the large ones."""
+    """(model, kind of step, chip, options). Short: a small model whole, two layers of two large ones."""
     slow = pytest.mark.slow
     for chip in ("v6e:2x2", "h200:1"):
         for kind in KEYS:
-            marks = [slow] if kind == "mixed" else []
+            marks = [] if kind == "decode" else [slow]
             yield pytest.param(SMOLLM2, kind, chip, {}, marks=marks, id=f"smollm2-{kind}-{chip}")
-            yield pytest.param(first_layers(LLAMA_8B, 4), kind, chip, {}, marks=marks, id=f"llama8b-4-{kind}-{chip}")
             yield pytest.param(LLAMA_8B, kind, chip, {}, marks=[slow], id=f"llama8b-{kind}-{chip}")
     for chip in ("v5p:2x2x1", "tpu7x:2x2x1", "h200:1"):
         for kind in KEYS:
-            marks = [] if (chip, kind) in (("v5p:2x2x1", "prefill"), ("h200:1", "decode")) else [slow]
-            for name, model, options in (
-                ("qwen3-30b", QWEN3_30B, {}),
-                ("llama70b", LLAMA_70B, {"quantization": "int8", "kv_cache_dtype": "int8"}),
+            for name, model, options, in_short in (
+                ("qwen3-30b", QWEN3_30B, {}, ("v5p:2x2x1", "prefill")),
+                ("llama70b", LLAMA_70B, {"quantization": "int8", "kv_cache_dtype": "int8"}, ("h200:1", "decode")),
             ):
+                marks = [] if (chip, kind) == in_short else [slow]
                 short = first_layers(model, 2)
                 yield pytest.param(short, kind, chip, options, marks=marks, id=f"{name}-2-{kind}-{chip}")
                 yield pytest.param(model, kind, chip, options, marks=[slow], id=f"{name}-{kind}-{chip}")

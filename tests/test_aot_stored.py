@@ -33,7 +33,7 @@ def cases() -> list[Any]:
     return [
         pytest.param("v6e:2x2", "decode", stored(Q4_K, MIXED), id="v6e-decode-q4_k_m", marks=slow),
         pytest.param("v6e:2x2", "prefill", stored(Q4_K, MIXED), id="v6e-prefill-q4_k_m", marks=slow),
-        pytest.param("h200:1", "decode", stored(GPTQ, {}), id="h200-decode-gptq"),
+        pytest.param("h200:1", "decode", stored(GPTQ, {}), id="h200-decode-gptq", marks=slow),
     ]
 
 
