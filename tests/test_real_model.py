@@ -55,6 +55,7 @@ def test_logits_of_a_shifted_prompt_differ(llm: LLM, prompts: list[list[int]], e
     assert np.linalg.norm(got - want) / np.linalg.norm(want) > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_greedy_tokens(llm: LLM, prompts: list[list[int]], expected: dict[str, np.ndarray]) -> None:
     """64 tokens each, all prompts at once; they may part only where the best two logits are a tie."""
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)

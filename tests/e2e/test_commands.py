@@ -27,6 +27,7 @@ def test_generate(llm: LLM) -> None:
     assert done.stdout == llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text + "\n"
 
 
+@pytest.mark.slow
 def test_chat_from_a_pipe(llm: LLM, tmp_path: Path) -> None:
     """Two questions with a system message; all options come from a file that `serve` could read, too."""
     config = tmp_path / "octavo.yaml"
@@ -45,6 +46,7 @@ def test_chat_from_a_pipe(llm: LLM, tmp_path: Path) -> None:
     assert done.stdout == said
 
 
+@pytest.mark.slow
 def test_batch_is_killed_and_resumed(server: Served, http: httpx.Client, tmp_path: Path) -> None:
     """kill -9 in the middle, a torn last line, the same command again: every result once, and none different."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -77,6 +79,7 @@ def test_batch_is_killed_and_resumed(server: Served, http: httpx.Client, tmp_pat
     assert [texts[f"r{i}"] for i in range(40)] == wanted
 
 
+@pytest.mark.slow
 def test_convert_and_serve(llm: LLM, tmp_path: Path) -> None:
     """The Orbax folder is the same model: same tokens, same tokenizer, same template."""
     folder = tmp_path / "model"

@@ -117,6 +117,7 @@ async def test_refused_requests_reach_no_program(server: Served, path: str) -> N
     assert after["octavo_compiles_total"] == before["octavo_compiles_total"]
 
 
+@pytest.mark.slow
 async def test_no_feature_and_no_batch_compiles(server: Served) -> None:
     before = server.wait_idle()
     asked = Asked(server.url)

@@ -149,7 +149,12 @@ def test_unknown_architecture_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("expert_count", 8), ("attention.clamp_kqv", 3), ("rope.scaling.type", "dynamic"), ("attention.value_length", 8)],
+    [
+        ("expert_weights_scale", 2),
+        ("attention.clamp_kqv", 3),
+        ("rope.scaling.type", "dynamic"),
+        ("attention.value_length", 8),
+    ],
 )
 def test_a_key_that_changes_the_results_is_named(key: str, value: int | str, tmp_path: Path) -> None:
     path = _wide_llama(tmp_path / "model.gguf", Kind.F32, {key: value})
