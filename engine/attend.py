@@ -21,6 +21,7 @@ from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.latent_attention import expanded_prefill
 from pallas_kernels.paged_attention import decode_attention, prefill_attention
+from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 
@@ -136,6 +137,4 @@ def _seen(latent: Latent | None, see: Callable[..., Array], brought: AttentionIn
 
 
 def _per_head(subscripts: str, x: Array, weight: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
+    return product(subscripts, x, weight).astype(x.dtype)

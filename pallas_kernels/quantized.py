@@ -118,6 +118,26 @@ def quantized_bytes(weight: Quantized) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))
 
 
+def check_left(x: Any, rows: int) -> None:
+    """x [tokens, K] of a product with a weight of so many rows; ValueError names the numbers."""
+    if x.shape[1] != rows:
+        raise ValueError(f"x has K {x.shape[1]}, the weight {rows}")
+    if str(x.dtype) not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"x is {x.dtype}; float32, bfloat16 and float16 are supported")
+
+
+def check_packed(w: Quantized) -> None:
+    """That the parts of a weight fit together; ValueError names the numbers that do not."""
+    *lead, rows, columns = w.shape
+    *groups_lead, groups, width = w.scales.shape
+    if groups_lead != lead or width != columns or rows % groups:
+        raise ValueError(f"scales {w.scales.shape} do not divide a weight of {w.shape}")
+    if w.offsets is not None and w.offsets.shape != w.scales.shape:
+        raise ValueError(f"offsets {w.offsets.shape} must be like scales {w.scales.shape}")
+    if w.activations == "dynamic" and (w.format == "int4" or w.offsets is not None):
+        raise ValueError(f"dynamic activations need a symmetric 8-bit weight, not {w.format}")
+
+
 def dequantize(weight: Quantized, dtype: DTypeLike = jnp.float32) -> Array:
     """The weight [..., K, N] that it stands for, computed in float32."""
     *lead, rows, columns = weight.shape
@@ -149,6 +169,12 @@ def _decode_float8(values: Array) -> Array:
         return lax.bitcast_convert_type(bits << 8, jnp.float16).astype(jnp.float32)
     half = lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
     return jnp.where(bits & 0x7F == 0x7F, jnp.nan, half.astype(jnp.float32) * 256)
+
+
+def as_bits(values: Array) -> Array:
+    """float8 as bytes: XLA's CPU backend makes all of a float8 array float16 in order to slice it."""
+    is_float8 = values.dtype.name.startswith("float8")
+    return lax.bitcast_convert_type(values, jnp.uint8) if is_float8 else values
 
 
 def pack_int4(nibbles: Any, group: int) -> Any:

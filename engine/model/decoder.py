@@ -19,6 +19,7 @@ from engine.model.layers import Params, gated_mlp, linear, rms_norm, rope_cos_si
 from engine.model.mixers import MIXERS, Attend, Rotation
 from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
+from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 
@@ -73,8 +74,7 @@ def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
     """float32 [rows, vocab] from hidden states [rows, embed]."""
     hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
     weight = params["embed"] if config.tie_embeddings else params["lm_head"]
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    out = jnp.einsum("te,ve->tv", hidden, weight, precision=precision, preferred_element_type=jnp.float32)
+    out = product("te,ve->tv", hidden, weight)
     return softcap(out * config.logits_multiplier, config.final_softcap)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import Rope
+from pallas_kernels.products import product
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.target import Target
@@ -32,8 +33,7 @@ def linear(x: Array, weight: Array | Quantized, target: Target) -> Array:
     if isinstance(weight, Quantized):
         return quantized_matmul(x, weight, target=target)
     weight = weight.reshape(x.shape[1], -1)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    return product("ti,io->to", x, weight).astype(x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, eps: float, num_axes: int = 1) -> Array:

@@ -14,6 +14,7 @@ from engine.model.config import Experts
 from engine.model.layers import Params, gated
 from engine.model.params import mlp_block
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.products import product
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import Target
 
@@ -46,8 +47,7 @@ def _grouped(x: Array, w: Array | Quantized, sizes: Array, target: Target) -> Ar
 
 def route(experts: Experts, x: Array, weights: Params) -> tuple[Array, Array]:
     """(weight, expert) of each token's choices, float32 and int32 [tokens, per_token], first choice first."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    scores = jnp.dot(x, weights["router"], precision=precision, preferred_element_type=jnp.float32)
+    scores = product("th,he->te", x, weights["router"])
     if experts.router_bias:
         scores = scores + weights["router_bias"][None]
     scores = jax.nn.softmax(scores, axis=-1) if experts.scoring == "softmax" else jax.nn.sigmoid(scores)

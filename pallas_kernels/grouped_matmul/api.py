@@ -13,7 +13,7 @@ from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.grouped_matmul import gpu, reference, tpu
-from pallas_kernels.quantized import Activations, Quantized, WeightFormat
+from pallas_kernels.quantized import Activations, Quantized, WeightFormat, check_left, check_packed
 from pallas_kernels.target import Target
 
 
@@ -61,22 +61,14 @@ def spec_of(x: Any, w: Any, group_sizes: Any) -> GroupedSpec:
     if x.ndim != 2 or len(w.shape) != 3:
         raise ValueError(f"x {x.shape} must be [tokens, K] and w {w.shape} [experts, K, N]")
     (tokens, k), (experts, rows, n) = x.shape, w.shape
-    if k != rows:
-        raise ValueError(f"x has K {k}, the weight {rows}")
+    check_left(x, rows)
     if group_sizes.shape != (experts,) or str(group_sizes.dtype) != "int32":
         raise ValueError(f"group_sizes {group_sizes.dtype} {group_sizes.shape} must be int32 ({experts},)")
-    if str(x.dtype) not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"x is {x.dtype}; float32, bfloat16 and float16 are supported")
     if not isinstance(w, Quantized):
         if w.dtype != x.dtype:
             raise ValueError(f"x is {x.dtype}, the weight {w.dtype}; only a Quantized may differ from x")
         return GroupedSpec(tokens, k, n, experts, str(x.dtype))
-    if w.scales.shape[:1] + w.scales.shape[2:] != (experts, n) or rows % w.scales.shape[1]:
-        raise ValueError(f"scales {w.scales.shape} do not divide a weight of {w.shape}")
-    if w.offsets is not None and w.offsets.shape != w.scales.shape:
-        raise ValueError(f"offsets {w.offsets.shape} must be like scales {w.scales.shape}")
-    if w.activations == "dynamic" and (w.format == "int4" or w.offsets is not None):
-        raise ValueError(f"dynamic activations need a symmetric 8-bit weight, not {w.format}")
+    check_packed(w)
     return GroupedSpec(
         tokens=tokens,
         k=k,

@@ -19,8 +19,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.choice import not_on
 from pallas_kernels.grouped_matmul.visits import visits
+from pallas_kernels.hopper import not_on_hopper
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import Target
 from pallas_kernels.tuning import lookup
@@ -46,14 +46,9 @@ class Blocks:
 
 def declines(spec: GroupedSpec, target: Target) -> str | None:
     """Why this kernel does not serve a call; None: it does."""
-    reason = not_on("gpu", target)
+    reason = not_on_hopper(target)
     if reason is not None:
         return reason
-    capability = target.facts.capability if target.facts else None
-    if capability != (9, 0):
-        return f"compute capability {capability}; wgmma is Hopper's, 9.0"
-    if target.interpret and not hasattr(plgpu, "InterpretGPUParams"):
-        return "this JAX has no interpreter of Mosaic GPU kernels"
     if spec.dtype not in _DTYPES:
         return f"x is {spec.dtype}; {' and '.join(_DTYPES)} are served"
     if spec.format != "none":

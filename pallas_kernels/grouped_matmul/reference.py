@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.products import product
+from pallas_kernels.quantized import Quantized, as_bits
 from pallas_kernels.quantized_matmul import reference as quantized_matmul
 from pallas_kernels.target import Target
 
@@ -24,7 +25,7 @@ def run(x: Array, w: Array | Quantized, group_sizes: Array, *, target: Target) -
     counts = (ends - starts + block - 1) // block
     blocks_end = jnp.cumsum(counts)
     padded = jnp.pad(x, ((0, block), (0, 0)))  # a slice past the end would be moved back
-    whole = jax.tree.map(_as_bits, w)
+    whole = jax.tree.map(as_bits, w)  # XLA still copies float8 of every expert once a call, int8 not
 
     def one_block(i: Array, out: Array) -> Array:
         expert = jnp.searchsorted(blocks_end, i, side="right")
@@ -45,14 +46,6 @@ def block_rows(tokens: int, experts: int) -> int:
     return min(64, max(8, 1 << (mean.bit_length() - 1)))
 
 
-def _as_bits(leaf: Array) -> Array:
-    """float8 as bytes: XLA's CPU backend makes all of a float8 array float16 in order to slice it.
-
-    Even so it copies the bytes of every expert once a call; int8 is the 8-bit format for a CPU.
-    """
-    return lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.name.startswith("float8") else leaf
-
-
 def _expert(whole: Array | Quantized, expert: Array, w: Array | Quantized) -> Array | Quantized:
     """One expert's weight [K, N], in w's dtypes."""
     cut = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), whole)
@@ -62,5 +55,4 @@ def _expert(whole: Array | Quantized, expert: Array, w: Array | Quantized) -> Ar
 def _product(x: Array, w: Array | Quantized, target: Target) -> Array:
     if isinstance(w, Quantized):
         return quantized_matmul.run(x, w, target=target)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    return product("tk,kn->tn", x, w).astype(x.dtype)

@@ -25,9 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.choice import not_on
 from pallas_kernels.grouped_matmul.visits import visits
+from pallas_kernels.packed_tpu import interleave_halves, multiplies, read_numbers, vmem_limit
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul.reference import quantize_rows
-from pallas_kernels.quantized_matmul.tpu import interleave_halves
 from pallas_kernels.target import Target
 from pallas_kernels.tuning import lookup
 
@@ -39,7 +39,6 @@ _BAND = 128  # rows multiplied at once
 _STEP = 512  # rows of the weight multiplied, or made wide, at once
 _WHOLE_K = 4096
 _COPY_S = 4e-6
-_EIGHTS = -0x77777778  # 0x88888888: flips the top bit of every nibble, which takes 8 from it
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def run(x: Array, w: Array | Quantized, group_sizes: Array, *, target: Target) -
             scratch_shapes=kernel.scratch(),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_vmem_limit(target)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(target)
         ),
         interpret=pltpu.InterpretParams(detect_races=True) if target.interpret else False,
         name="grouped_matmul",
@@ -122,9 +121,7 @@ def _left(x: Array, w: Array | Quantized, target: Target) -> tuple[Array, Array 
     if not isinstance(w, Quantized) or w.activations == "float":
         return (interleave_halves(x, w.group) if isinstance(w, Quantized) and w.format == "int4" else x), None
     numbers, row_scales = quantize_rows(x, w.format)
-    chip = target.facts
-    has = chip is not None and chip.has("int8" if w.format == "int8" else "float8")
-    return (numbers if has else numbers.astype(jnp.bfloat16)), row_scales
+    return (numbers if multiplies(w.format, target) else numbers.astype(jnp.bfloat16)), row_scales
 
 
 def _weight_block(leaf: Array, kernel: _Kernel) -> pl.BlockSpec:
@@ -169,11 +166,6 @@ def key(tokens: int, w: Array | Quantized) -> str:
 
 def _unit(k: int, group: int) -> int:
     return _LANES if group == k else max(_LANES, math.lcm(8 * group, _LANES))
-
-
-def _vmem_limit(target: Target) -> int:
-    """Three quarters of a core's VMEM; XLA keeps some for itself."""
-    return target.facts.scratch_bytes * 3 // 4 if target.facts else 32 << 20
 
 
 @dataclass(frozen=True)
@@ -267,7 +259,7 @@ class _Kernel:
         terms = None if offsets is None else offsets[...].astype(jnp.float32)
         for start in range(0, bk, piece):
             rows = min(piece, bk - start)
-            numbers = _numbers(values, start, rows, self.format)
+            numbers = read_numbers(values, start, rows, self.format)
             if factors is not None:
                 count, at = rows // group, slice(start // group, (start + rows) // group)
                 parts = numbers.astype(jnp.float32).reshape(count, group, -1)
@@ -308,11 +300,3 @@ def _kernel(blocks: Blocks, steps: int, w: Array | Quantized, dtype: Any) -> _Ke
         offsets=w.offsets is not None,
         dynamic=w.activations == "dynamic",
     )
-
-
-def _numbers(values: Any, start: int, rows: int, format: str) -> Array:
-    """[rows, bn]: int8 and float8 as they are, int4 signed, two to a byte."""
-    if format != "int4":
-        return values[pl.ds(start, rows), :]
-    words = pltpu.bitcast(values[pl.ds(start // 2, rows // 2), :], jnp.int32)
-    return pltpu.bitcast(words ^ _EIGHTS, jnp.int4)

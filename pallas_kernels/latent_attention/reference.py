@@ -14,6 +14,7 @@ from jax import Array
 
 from pallas_kernels.kv_layout import KVLayout, unpack_rows
 from pallas_kernels.paged_attention.reference import State, finish, initial_state, online_softmax, pad_columns
+from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 CHUNK_TOKENS = 256  # keys that are expanded at once
@@ -55,17 +56,17 @@ def prefill(
         latents = unpack_rows(kv_pages[table].reshape(chunk, -1), layout)[:, 0, 0].astype(q.dtype)
         latents = jnp.where((kv_pos < kv_lens[row])[:, None], latents, 0)  # 0 * NaN of a stale page is NaN
         rope = latents[:, rank:]
-        k, v = (_product("cr,hrd->hcd", latents[:, :rank], w).astype(q.dtype) for w in (w_uk, w_uv))
+        k, v = (product("cr,hrd->hcd", latents[:, :rank], w).astype(q.dtype) for w in (w_uk, w_uv))
 
         def one_block(b: Array, state: State) -> State:
             index = b * block + jnp.arange(block, dtype=jnp.int32)
             start, mine = q_starts[row] + b * block, index < q_lens[row]
             seen = (kv_pos[None, :] <= (positions[row] + index)[:, None]) & mine[:, None]
             heads = jax.lax.dynamic_slice_in_dim(queries, start, block, axis=1)
-            scores = _product("hqd,hcd->hqc", heads[..., :nope], k) + _product("hqd,cd->hqc", heads[..., nope:], rope)
+            scores = product("hqd,hcd->hqc", heads[..., :nope], k) + product("hqd,cd->hqc", heads[..., nope:], rope)
             old = _slices(state, start, block)
             (top, total, values), weights = online_softmax(old, scores, seen[None], scale, None)
-            values = values + _product("hqc,hcd->hqd", weights.astype(q.dtype), v)
+            values = values + product("hqc,hcd->hqd", weights.astype(q.dtype), v)
             # A block may reach into the next prompt: this one's NaN must not.
             return _replaced(state, (top, total, values), old, mine, start)
 
@@ -89,9 +90,3 @@ def _replaced(state: State, new: State, old: State, mine: Array, start: Array) -
         keep = mine.reshape(1, -1, *[1] * (whole.ndim - 2))
         parts.append(jax.lax.dynamic_update_slice_in_dim(whole, jnp.where(keep, after, before), start, axis=1))
     return parts[0], parts[1], parts[2]
-
-
-def _product(equation: str, x: Array, y: Array) -> Array:
-    """float32; operands of bfloat16 stay so, those of float32 keep their precision."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.choice import not_on
+from pallas_kernels.hopper import not_on_hopper
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.paged_attention.gpu_kernel import FIELDS, LOG2_E, WARPGROUP_ROWS, Tile, attend
 from pallas_kernels.target import Chip, Target
@@ -30,12 +30,8 @@ FULL_ENOUGH = 0.85  # share of the cores busy, averaged over the waves of units,
 def declines(spec: AttentionSpec, target: Target) -> str | None:
     """Why these shapes are not served on this chip."""
     layout, chip = spec.layout, target.facts
-    if (reason := not_on("gpu", target)) is not None or chip is None:
+    if (reason := not_on_hopper(target)) is not None or chip is None:
         return reason
-    if chip.capability != (9, 0):
-        return f"compute capability {chip.capability} is not (9, 0)"
-    if target.interpret and not hasattr(plgpu, "InterpretGPUParams"):
-        return "this JAX has no interpreter for Mosaic GPU"
     if spec.dtype != "bfloat16":
         return f"q is {spec.dtype}: wgmma keeps 10 bits of a float32's mantissa"
     if layout.value_dim is not None:
@@ -122,7 +118,7 @@ def prefill_tile(
         subgroups=subgroups,
         head_width=layout.head_width,
         dtype=layout.dtype,
-        tail=2 * layout.kv_heads * layout.head_width,
+        tail=layout.tail,
         blocks=_blocks(target),
         out_dtype="bfloat16",
         sinks=sinks,

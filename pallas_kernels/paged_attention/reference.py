@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.kv_layout import KVLayout, unpack_rows
+from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 CHUNK_TOKENS = 128  # keys a loop turn sees
@@ -53,9 +54,9 @@ def decode(
         kv = unpack_rows(kv_pages[pages].reshape(rows, chunk, -1), layout)
         kv = jnp.transpose(kv, (0, 2, 3, 1, 4))  # heads first, so that both products run on whole matrices
         v = jnp.where(seen[:, None, :, None], kv[:, :, -1, :, :value_dim], 0.0)  # 0 * NaN of a stale page is NaN
-        scores = _product("rkgd,rkcd->rkgc", queries, kv[:, :, 0])
+        scores = product("rkgd,rkcd->rkgc", queries, kv[:, :, 0])
         state, weights = online_softmax(state, scores, seen[:, None, None, :], scale, softcap)
-        return state[0], state[1], state[2] + _product("rkgc,rkcd->rkgd", weights, v)
+        return state[0], state[1], state[2] + product("rkgc,rkcd->rkgd", weights, v)
 
     state = jax.lax.fori_loop(first, last, turn, initial_state((rows, kv_heads, group), value_dim, sinks))
     return finish(state).astype(q.dtype).reshape(rows, q_heads, value_dim)
@@ -111,9 +112,9 @@ def prefill(
             seen = (kv_pos[None, :] <= q_pos[:, None]) & (kv_pos < kv_len)[None, :]  # padding queries reach past
             if window:
                 seen &= kv_pos[None, :] > q_pos[:, None] - window
-            scores = _product("kqd,kcd->kqc", queries, kv[:, 0])
+            scores = product("kqd,kcd->kqc", queries, kv[:, 0])
             state, weights = online_softmax(state, scores, seen[None], scale, softcap)
-            return state[0], state[1], state[2] + _product("kqc,kcd->kqd", weights, v)
+            return state[0], state[1], state[2] + product("kqc,kcd->kqd", weights, v)
 
         first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
         per_query = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), block, axis=1)
@@ -159,7 +160,3 @@ def finish(state: State) -> Array:
 
 def pad_columns(block_tables: Array, multiple: int) -> Array:
     return jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % multiple)))
-
-
-def _product(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)

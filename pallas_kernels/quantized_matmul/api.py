@@ -12,7 +12,7 @@ import jax
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.quantized import Activations, Quantized, WeightFormat
+from pallas_kernels.quantized import Activations, Quantized, WeightFormat, check_left, check_packed
 from pallas_kernels.quantized_matmul import gpu, reference, tpu
 from pallas_kernels.target import Target
 
@@ -59,16 +59,8 @@ def spec_of(x: Array | jax.ShapeDtypeStruct, w: Quantized) -> MatmulSpec:
     if x.ndim != 2 or len(w.shape) != 2:
         raise ValueError(f"x {x.shape} and w {w.shape} must have two dimensions each")
     (tokens, k), (rows, n) = x.shape, w.shape
-    if k != rows:
-        raise ValueError(f"x has K {k}, the weight {rows}")
-    if str(x.dtype) not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"x is {x.dtype}; float32, bfloat16 and float16 are supported")
-    if rows % w.scales.shape[0] or w.scales.shape[1] != n:
-        raise ValueError(f"scales {w.scales.shape} do not divide a weight of {w.shape}")
-    if w.offsets is not None and w.offsets.shape != w.scales.shape:
-        raise ValueError(f"offsets {w.offsets.shape} must be like scales {w.scales.shape}")
-    if w.activations == "dynamic" and (w.format == "int4" or w.offsets is not None):
-        raise ValueError(f"dynamic activations need a symmetric 8-bit weight, not {w.format}")
+    check_left(x, rows)
+    check_packed(w)
     return MatmulSpec(
         tokens=tokens,
         k=k,

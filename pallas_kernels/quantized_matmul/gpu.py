@@ -28,7 +28,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.choice import not_on
+from pallas_kernels.hopper import not_on_hopper
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul.reference import quantize_rows
 from pallas_kernels.target import Target
@@ -59,14 +59,9 @@ class Blocks:
 
 
 def declines(spec: MatmulSpec, target: Target) -> str | None:
-    reason = not_on("gpu", target)
+    reason = not_on_hopper(target)
     if reason is not None:
         return reason
-    chip = target.facts
-    if chip is None or chip.capability != (9, 0):
-        return f"compute capability {chip and chip.capability}; wgmma is Hopper's, 9.0"
-    if target.interpret and not hasattr(plgpu, "InterpretGPUParams"):
-        return "this JAX has no interpreter of Mosaic GPU kernels"
     if spec.dtype != "bfloat16":
         return f"x is {spec.dtype}; bfloat16 is served"
     if spec.scale_dtype not in ("float32", "bfloat16"):

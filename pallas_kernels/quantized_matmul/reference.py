@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.quantized import LARGEST, Quantized, dequantize
+from pallas_kernels.products import product
+from pallas_kernels.quantized import LARGEST, Quantized, as_bits, dequantize
 from pallas_kernels.quantized import numbers as packed_numbers
 from pallas_kernels.target import Target
 
@@ -30,7 +31,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     if width >= columns:
         return _scaled(_product(numbers, w, dtype), row_scales, x.dtype)
 
-    whole = replace(w, values=_as_bits(w.values))
+    whole = replace(w, values=as_bits(w.values))
 
     def block(index: Array, out: Array) -> Array:
         start = jnp.minimum(index * width, columns - width)  # the last block overlaps the one before
@@ -50,11 +51,6 @@ def quantize_rows(x: Array, format: str) -> tuple[Array, Array]:
     return (jnp.round(numbers) if format == "int8" else numbers).astype(format), scales
 
 
-def _as_bits(values: Array) -> Array:
-    """float8 as bytes: XLA's CPU backend makes all of a float8 array float16 in order to slice it."""
-    return values if values.dtype in (jnp.int8, jnp.uint8) else lax.bitcast_convert_type(values, jnp.uint8)
-
-
 def _product_dtype(numbers: Array, target: Target) -> DTypeLike:
     """What is multiplied. A CPU converts to float32 fast and to bfloat16 slowly; 8-bit numbers are exact in both."""
     if target.platform == "cpu":
@@ -65,9 +61,8 @@ def _product_dtype(numbers: Array, target: Target) -> DTypeLike:
 def _product(x: Array, w: Quantized, dtype: DTypeLike) -> Array:
     """float32 [tokens, N]. One scale a column is applied to the sums, more are applied to the weights."""
     per_channel = w.format != "int4" and w.scales.shape[0] == 1
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     right = packed_numbers(w).astype(dtype) if per_channel else dequantize(w, dtype)
-    out = jnp.dot(x.astype(dtype), right, precision=precision, preferred_element_type=jnp.float32)
+    out = product("tk,kn->tn", x.astype(dtype), right)
     return out * w.scales.astype(jnp.float32) if per_channel else out
 
 

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.choice import not_on
+from pallas_kernels.packed_tpu import interleave_halves, multiplies, read_numbers, vmem_limit
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul.reference import quantize_rows
 from pallas_kernels.target import Target
@@ -43,7 +44,6 @@ _SMALL_TOKENS = 64  # up to here x stays whole in VMEM, and reading the weight i
 _FEWEST_BLOCKS = 8  # of a weight, so that the copy of the first is a small part of all
 _STEP = 512  # rows that are wide at one time
 _MOST_ROWS = 32768  # of K, where a block must span all of them
-_EIGHTS = -0x77777778  # 0x88888888: flips the top bit of every nibble, which takes 8 from it
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,11 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
         out_specs=pl.BlockSpec((b.bm, b.bn), lambda i, j, s: (i, j)),
         scratch_shapes=[pltpu.VMEM((b.bm, b.bn), jnp.int32 if integers else jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_vmem_limit(target)
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(target)
         ),
         interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan") if target.interpret else False,
         name="quantized_matmul",
     )(*inputs)
-
-
-def interleave_halves(x: Array, group: int) -> Array:
-    """x [tokens, K] with the columns of each group ordered 0, group / 2, 1, group / 2 + 1, ..."""
-    tokens, k = x.shape
-    return x.reshape(tokens, k // group, 2, group // 2).swapaxes(2, 3).reshape(tokens, k)
 
 
 def key(tokens: int, k: int, n: int, w: Quantized) -> str:
@@ -161,11 +155,6 @@ def _unit(k: int, group: int) -> int:
     return _LANES if group == k else max(_LANES, 8 * group)
 
 
-def _vmem_limit(target: Target) -> int:
-    """Three quarters of a core's VMEM; XLA keeps some for itself."""
-    return target.facts.scratch_bytes * 3 // 4 if target.facts else 32 << 20
-
-
 def _scales_sums(bm: int, groups: int, group: int, offsets: bool) -> bool:
     """Whether a group's sum is scaled and not its weights. 8-bit rows are read 32 at a time."""
     return groups > 1 and not offsets and 2 * bm <= group and group % 32 == 0
@@ -173,23 +162,22 @@ def _scales_sums(bm: int, groups: int, group: int, offsets: bool) -> bool:
 
 def _meet_packed(bm: int, w: Quantized, target: Target) -> bool:
     """Whether 8-bit x meets the 8-bit weight as it is."""
-    groups, chip = w.scales.shape[0], target.facts
-    has = chip is not None and chip.has("int8" if w.format == "int8" else "float8")
-    return has and (groups == 1 or _scales_sums(bm, groups, w.group, False))
+    groups = w.scales.shape[0]
+    return multiplies(w.format, target) and (groups == 1 or _scales_sums(bm, groups, w.group, False))
 
 
 @dataclass(frozen=True)
 class _Static:
     """What the kernel knows of the weight."""
 
-    int4: bool
+    format: str
     groups: int
     group: int
     offsets: bool
 
 
 def _static(w: Quantized) -> _Static:
-    return _Static(w.format == "int4", w.scales.shape[0], w.group, w.offsets is not None)
+    return _Static(w.format, w.scales.shape[0], w.group, w.offsets is not None)
 
 
 def _kernel(x_ref: Any, values_ref: Any, scales_ref: Any, *rest: Any, w: _Static, bk: int) -> None:
@@ -215,7 +203,7 @@ def _kernel(x_ref: Any, values_ref: Any, scales_ref: Any, *rest: Any, w: _Static
     total = None
     for start in range(0, bk, step):
         left = _columns(x_ref, base, start, step, bk)
-        right = _numbers(values_ref, start, step, w)
+        right = read_numbers(values_ref, start, step, w.format)
         if not per_channel and not at_sums:
             right = _scaled(right, scales, offsets, start, w)
         part = _dot(left, right)
@@ -246,14 +234,6 @@ def _columns(x_ref: Any, base: Any, start: int, step: int, bk: int) -> Array:
     return x_ref[:, pl.ds(base + first, last - first)][:, start - first : start - first + step]
 
 
-def _numbers(values_ref: Any, start: int, step: int, w: _Static) -> Array:
-    """[step, bn]: int8 and float8 as they are, int4 signed, two to a byte."""
-    if not w.int4:
-        return values_ref[pl.ds(start, step), :]
-    words = pltpu.bitcast(values_ref[pl.ds(start // 2, step // 2), :], jnp.int32)
-    return pltpu.bitcast(words ^ _EIGHTS, jnp.int4)
-
-
 def _scaled(numbers: Array, scales: Array, offsets: Array | None, start: int, w: _Static) -> Array:
     """float32 [step, bn] weights; the step is whole groups or lies within one."""
     rows, columns = numbers.shape
@@ -261,7 +241,7 @@ def _scaled(numbers: Array, scales: Array, offsets: Array | None, start: int, w:
     count = max(1, rows // w.group)
     at = slice(start // w.group, start // w.group + count)
     wide = wide.reshape(count, rows // count, columns)
-    if offsets is not None and w.int4:
+    if offsets is not None and w.format == "int4":
         wide += 8
     wide *= scales[at][:, None]
     if offsets is not None:
