@@ -1,0 +1,113 @@
+"""Recurrent states beside the pages: a pool with one state a row, and how a step's tokens walk through it.
+
+Tokens stand on a flat axis: decode rows with one token each, then chunks of prompts. A chunk starts from
+zeros or from any row of the pool and leaves its state in its own row; on its way it can leave a copy in a
+third. All rows are read before one is written. Knows nothing about what a state means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeStates:
+    """The decode rows' states: int32 and bool [rows]. An inactive row's state stays as it is."""
+
+    rows: Array
+    active: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillStates:
+    """The chunks' states, int32 [rows]. Idle rows have no tokens and are last."""
+
+    q_start: Array  # first token, counted from the first prefill token
+    q_len: Array
+    source: Array  # row of the pool that the chunk continues from; negative: zeros
+    target: Array  # row that holds the state after the chunk
+    copy_to: Array  # row that gets a copy; negative: none does
+    copy_at: Array  # after so many tokens of the chunk, 1 to q_len
+
+    @property
+    def copy_len(self) -> Array:
+        """copy_at, and 0 for rows without a copy."""
+        return jnp.where(self.copy_to >= 0, self.copy_at, 0)
+
+
+# step(state [...], inputs [tokens, ...] each) -> (state, outputs [tokens, ...]). Inputs that are all zero
+# must leave the state as it is.
+Step = Callable[[Array, tuple[Array, ...]], tuple[Array, Array]]
+
+
+def replace_active(pool: Array, states: DecodeStates, new: Array) -> Array:
+    """The pool with `new` [rows, ...] in the rows that are active."""
+    return _put(pool, states.rows, new, states.active)
+
+
+def sources(pool: Array, states: PrefillStates) -> Array:
+    """[rows, ...]: what each chunk starts from."""
+    fresh = (states.source < 0).reshape(-1, *(1,) * (pool.ndim - 1))
+    return jnp.where(fresh, jnp.zeros((), pool.dtype), pool[jnp.maximum(states.source, 0)])
+
+
+def keep(pool: Array, states: PrefillStates, last: Array, copies: Array) -> Array:
+    """The pool with each chunk's last state and copy, both [rows, ...]."""
+    pool = _put(pool, states.target, last, states.q_len > 0)
+    return _put(pool, states.copy_to, copies, states.copy_len > 0)
+
+
+def _put(pool: Array, rows: Array, new: Array, mask: Array) -> Array:
+    out_of_range = jnp.int32(pool.shape[0])
+    return pool.at[jnp.where(mask, rows, out_of_range)].set(new.astype(pool.dtype), mode="drop")
+
+
+def walk(
+    pool: Array, states: PrefillStates, inputs: tuple[Array, ...], out: jax.ShapeDtypeStruct, block: int, step: Step
+) -> tuple[Array, Array]:
+    """Outputs of every prefill token, `out` (zeros for tokens of nobody), and the pool after the chunks.
+
+    Each chunk is cut into blocks of at most `block` tokens, and where its copy is taken; the loop ends with the
+    real tokens. A block's inputs [tokens, ...] are zero behind its end: no row sees another's numbers.
+    """
+    tokens = out.shape[0]
+    block = min(block, tokens)
+    padded = tuple(jnp.pad(x, ((0, block), *((0, 0),) * (x.ndim - 1))) for x in inputs)
+    until_copy, lens = states.copy_len, states.q_len
+    early = -(-until_copy // block)
+    num_blocks = early + -(-(lens - until_copy) // block)
+    blocks_before = jnp.cumsum(num_blocks) - num_blocks
+    index = jnp.arange(block, dtype=jnp.int32)
+
+    def one_block(b: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        last, copies, result = carry
+        row = jnp.sum(b >= blocks_before) - 1  # idle rows are last: their blocks start past the end
+        i = b - blocks_before[row]
+        is_early = i < early[row]
+        start = jnp.where(is_early, i * block, until_copy[row] + (i - early[row]) * block)
+        end = jnp.minimum(start + block, jnp.where(is_early, until_copy[row], lens[row]))
+        mine, first = index < end - start, states.q_start[row] + start
+        cut = tuple(_masked(mine, jax.lax.dynamic_slice_in_dim(x, first, block), 0) for x in padded)
+        state, values = step(last[row], cut)
+        values = _masked(mine, values.astype(out.dtype), jax.lax.dynamic_slice_in_dim(result, first, block))
+        copies = copies.at[row].set(jnp.where(is_early, state, copies[row]))
+        return last.at[row].set(state), copies, jax.lax.dynamic_update_slice_in_dim(result, values, first, axis=0)
+
+    start = sources(pool, states).astype(jnp.float32)
+    result = jnp.zeros((tokens + block, *out.shape[1:]), out.dtype)
+    carry = (start, jnp.zeros_like(start), result)
+    last, copies, result = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, carry)
+    return result[:tokens], keep(pool, states, last, copies)
+
+
+def _masked(mine: Array, values: Array, other: Array | int) -> Array:
+    """`values` where the token is `mine`, else `other`: NaN times zero would be NaN."""
+    other = jnp.asarray(other, values.dtype)
+    return jnp.where(mine.reshape(-1, *(1,) * (values.ndim - 1)), values, other)
