@@ -11,7 +11,7 @@ import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from engine.errors import InvalidParam
 from engine.model.packing import Packings
@@ -66,9 +66,9 @@ class EngineOptions:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidParam(name, f"must be a positive integer, got {value!r}")
         for name in ("dtype", "kv_cache_dtype", "quantization"):
-            known = _choices(name)
+            known = get_args(get_type_hints(EngineOptions)[name])
             if getattr(self, name) not in known:
-                raise InvalidParam(name, f"must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+                raise InvalidParam(name, f"must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +104,6 @@ class EngineConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["stored"] = f"{len(self.stored)} weights"
         return ", ".join(f"{name} {value}" for name, value in fields.items())
-
-
-def _choices(name: str) -> tuple[Any, ...]:
-    """The legal values of an option that is a Literal, None included where it is."""
-    hint = get_type_hints(EngineOptions)[name]
-    parts = get_args(hint) if get_origin(hint) is not Literal else (hint,)
-    return tuple(value for part in parts for value in (get_args(part) or (None,)))
 
 
 def options_from_dict(cls: type, values: dict[str, Any]) -> Any:

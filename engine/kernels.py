@@ -16,6 +16,7 @@ from engine.model.config import LayerSpec, ModelConfig
 from engine.programs import compute_of, param_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.grouped_matmul import api as grouped_matmul
+from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.latent_attention import api as latent_attention
 from pallas_kernels.latent_attention.api import ExpandedSpec
@@ -37,14 +38,14 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
 
 
 def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
-    compute = compute_of(model, config)
+    layout, matmuls = compute_of(model, config).kv, _matmuls(model, config)
     for key in lattice(config):
         for spec in dict.fromkeys(model.layers):
-            yield from _attention_choices(model, config, spec, key)
+            yield from _attention_choices(model, config, layout, spec, key)
         tokens = key.tokens + key.rows
-        yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, compute.kv), config.target)
-        for rows, weight in _matmuls(model, config, tokens):
-            x = jax.ShapeDtypeStruct((rows, weight.shape[-2]), jnp.dtype(config.dtype))
+        yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, layout), config.target)
+        for rows, weight in matmuls:
+            x = jax.ShapeDtypeStruct((tokens * rows, weight.shape[-2]), jnp.dtype(config.dtype))
             if len(weight.shape) == 3:
                 sizes = jax.ShapeDtypeStruct(weight.shape[:1], jnp.int32)
                 yield grouped_matmul.choice(grouped_matmul.spec_of(x, weight, sizes), config.target)
@@ -52,24 +53,28 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
                 yield quantized_matmul.choice(quantized_matmul.spec_of(x, weight), config.target)
 
 
-def _matmuls(model: ModelConfig, config: EngineConfig, tokens: int) -> Iterator[tuple[int, Any]]:
-    """(rows of x, abstract weight) of the products that have kernels, each kind of weight once."""
+def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
+    """(rows of x a token, abstract weight) of the products that have kernels, each kind of weight once."""
     weights = [(name.split(".")[-1], weight) for name, weight in param_shapes(model, config).items()]
+    found = []
     for name, weight in {f"{name} {weight}": (name, weight) for name, weight in weights}.values():
         if model.experts is not None and name in ("experts_gate_up", "experts_down"):
-            yield tokens * model.experts.per_token, weight
+            found.append((model.experts.per_token, weight))
         elif isinstance(weight, Quantized):
-            yield tokens, weight
+            found.append((1, weight))
+    return found
 
 
-def _attention_choices(model: ModelConfig, config: EngineConfig, layer: LayerSpec, key: StepKey) -> Iterator[Choice]:
+def _attention_choices(
+    model: ModelConfig, config: EngineConfig, layout: KVLayout, layer: LayerSpec, key: StepKey
+) -> Iterator[Choice]:
     """Of the attention calls of a layer in one program."""
     shared: dict[str, Any] = {
         "pages_per_seq": config.max_pages_per_seq,
         "q_heads": model.num_q_heads,
         "page_size": config.page_size,
         "dtype": config.dtype,
-        "layout": compute_of(model, config).kv,
+        "layout": layout,
     }
     how: dict[str, Any] = {"softcap": model.attention_softcap, "window": layer.window, "sinks": model.attention_sinks}
     if key.rows:

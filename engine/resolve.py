@@ -138,11 +138,13 @@ def with_pages(
 
 def _implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """("op", "implementation") of each "op=implementation"."""
+    found = []
     for text in asked:
         op, _, name = text.partition("=")
         if op not in OPS or not name:
             raise InvalidParam("kernel", f"{text!r} is not op=implementation; the ops are {', '.join(OPS)}")
-    return tuple((text.partition("=")[0], text.partition("=")[2]) for text in asked)
+        found.append((op, name))
+    return tuple(found)
 
 
 def _dtype(asked: str, native: str, device: DeviceFacts) -> Literal["bfloat16", "float32"]:

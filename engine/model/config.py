@@ -6,6 +6,7 @@ A field names a variant of the mathematics at one point. Per-layer variety is da
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,13 +80,44 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class StateSpace:
+    """Mamba 2's mixer (arXiv 2405.21060): a short convolution, then a state of head_dim x state_dim a head."""
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    groups: int  # of heads that share what reads and writes the state; the output's norm is over each
+    conv_width: int  # tokens that the convolution sees, the newest included
+    conv_bias: bool = True
+    bias: bool = False  # of the projections in and out
+    step_limits: tuple[float, float] = (0.0, math.inf)  # of a token's time step
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner_dim + 2 * self.groups * self.state_dim
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.num_heads, self.head_dim, self.state_dim
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What differs between layers. Query i sees key j when i - window < j <= i."""
 
     rope: Rope | None  # None: no position encoding (NoPE)
     window: int | None = None  # tokens; None sees everything before it
-    mixer: Literal["attention", "latent"] = "attention"
-    ffn: Literal["gated", "experts"] = "gated"
+    mixer: Literal["attention", "latent", "mamba2"] = "attention"
+    ffn: Literal["gated", "experts", "none"] = "gated"
+
+    @property
+    def recurrent(self) -> bool:
+        """The layer remembers a state a sequence, of one size, in place of keys and values a token."""
+        return self.mixer == "mamba2"
 
 
 @dataclass(frozen=True)
@@ -119,11 +151,23 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     tie_embeddings: bool = False
     experts: Experts | None = None  # of the layers whose ffn is "experts"
-    latent: Latent | None = None  # of the layers, all or none, whose mixer is "latent"
+    latent: Latent | None = None  # of the layers, all or none of those that attend, whose mixer is "latent"
+    recurrence: StateSpace | None = None  # of the layers that are recurrent
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def num_recurrent_layers(self) -> int:
+        return sum(layer.recurrent for layer in self.layers)
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of one sequence's states in all layers: a window in the weights' dtype, a float32 state each."""
+        if self.recurrence is None:
+            return 0
+        window = (self.recurrence.conv_width - 1) * self.recurrence.conv_channels * itemsize
+        return self.num_recurrent_layers * (window + 4 * math.prod(self.recurrence.state_shape))
 
     @property
     def q_per_kv(self) -> int:
@@ -132,7 +176,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.experts is None and any(layer.ffn == "experts" for layer in self.layers):
             raise ValueError("layers have experts, but nothing says how many")
-        if {layer.mixer == "latent" for layer in self.layers} not in ({self.latent is not None}, set()):
+        if (self.recurrence is None) != (self.num_recurrent_layers == 0):
+            raise ValueError("layers are recurrent if and only if `recurrence` says their sizes")
+        attending = [layer.mixer == "latent" for layer in self.layers if not layer.recurrent]
+        if set(attending) not in ({self.latent is not None}, set()):
             raise ValueError("either every layer's mixer is latent and `latent` says its sizes, or none is")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads {self.num_q_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")

@@ -65,6 +65,8 @@ def _layer(
     see = partial(attend, config, spec, view, cache)
     hidden, cache = MIXERS[spec.mixer](config, target, hidden, weights, rope, see)
     x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
+    if spec.ffn == "none":
+        return x, cache
     hidden = _norm_before(config, x, weights.get("mlp_norm"))
     hidden = FFNS[spec.ffn](config, target, hidden, weights)
     return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache

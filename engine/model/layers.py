@@ -44,6 +44,14 @@ def rms_norm(x: Array, weight: Array, eps: float, num_axes: int = 1) -> Array:
     return (wide * scale * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
 
 
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """(x - mean) / deviation * weight + bias over the last axis, in float32 (arXiv 1607.06450)."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return (centred * scale * weight[None] + bias[None]).astype(x.dtype)
+
+
 def rope_cos_sin(rope: Rope, positions: Array) -> tuple[Array, Array]:
     """cos and sin, float32 [tokens, rotated], of position * inv_freq, once for each half (arXiv 2104.09864)."""
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)[None, :]

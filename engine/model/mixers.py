@@ -1,7 +1,7 @@
 """How a layer's tokens see each other: projections, norms and rotation around `attend`.
 
 `attend` is handed in and decides what each token sees and what is kept for later ones; nothing is
-known here about sequences, pages or batches.
+known here about sequences, pages, states or batches.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.config import LayerSpec, ModelConfig
-from engine.model.layers import Params, apply_rope, linear, rms_norm
+from engine.model.config import LayerSpec, ModelConfig, StateSpace
+from engine.model.layers import ACTIVATIONS, Params, apply_rope, linear, rms_norm
+from pallas_kernels.ssd.api import SSDInput
 from pallas_kernels.target import Target
 
 
@@ -39,10 +40,20 @@ class AttentionInput:
         return replace(self, q=self.q[start:end])
 
 
-# attend(config, layer, view, cache, brought) -> (values [tokens, q_heads, head_dim or value_dim], cache):
-# a pure function; `view` is what all layers share, `cache` the layer's own state.
-Attend = Callable[[ModelConfig, LayerSpec, Any, Any, AttentionInput], tuple[Array, Any]]
-See = Callable[[AttentionInput], tuple[Array, Any]]
+@dataclass(frozen=True)
+class RecurrentInput:
+    """What a layer brings to a recurrence: what goes through its short convolution, and what comes of that."""
+
+    mixed: Array  # [tokens, channels]
+    weight: Array  # [width, channels], the newest token's last
+    bias: Array | None  # [channels]
+    inputs: Callable[[Array], SSDInput]  # of what was convolved [tokens, channels]
+
+
+# attend(config, layer, view, cache, brought) -> (values [tokens, heads, head_dim or value_dim], cache):
+# a pure function; `view` is what all layers share, `cache` the layer's own memory.
+Attend = Callable[[ModelConfig, LayerSpec, Any, Any, Any], tuple[Array, Any]]
+See = Callable[[AttentionInput | RecurrentInput], tuple[Array, Any]]
 Rotation = tuple[Array, Array] | None  # cos and sin of the tokens' positions
 
 
@@ -85,6 +96,39 @@ def latent_attention(
     return linear(out.reshape(tokens, -1), weights["o"], target), cache
 
 
+def mamba2(
+    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+) -> tuple[Array, Any]:
+    """Mamba 2's mixer (arXiv 2405.21060, section 7): project, convolve, recur, gate and norm, project back."""
+    ssm, tokens = config.recurrence, x.shape[0]
+    if not isinstance(ssm, StateSpace):
+        raise ValueError("a mamba2 layer needs its sizes")
+    projected = linear(x, weights["ssm_in"], target)
+    if ssm.bias:
+        projected = projected + weights["ssm_in_bias"][None]
+    gate, mixed, steps = jnp.split(projected, [ssm.inner_dim, ssm.inner_dim + ssm.conv_channels], axis=1)
+    dt = jax.nn.softplus(steps.astype(jnp.float32) + weights["dt_bias"][None])
+
+    def inputs(convolved: Array) -> SSDInput:
+        active = ACTIVATIONS[config.activation](convolved.astype(jnp.float32)).astype(x.dtype)
+        values, b, c = jnp.split(active, [ssm.inner_dim, ssm.inner_dim + ssm.groups * ssm.state_dim], axis=1)
+        return SSDInput(
+            values.reshape(tokens, ssm.num_heads, ssm.head_dim),
+            b.reshape(tokens, ssm.groups, ssm.state_dim),
+            c.reshape(tokens, ssm.groups, ssm.state_dim),
+            jnp.clip(dt, *ssm.step_limits),
+            -jnp.exp(weights["a_log"]),
+            weights["skip"],
+        )
+
+    out, cache = see(RecurrentInput(mixed, weights["conv"], weights.get("conv_bias"), inputs))
+    out = out.reshape(tokens, -1).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+    norm = weights["ssm_norm"].reshape(ssm.groups, -1)
+    out = rms_norm(out.reshape(tokens, ssm.groups, -1), norm, config.norm_eps).reshape(tokens, -1)
+    out = linear(out.astype(x.dtype), weights["ssm_out"], target)
+    return out + weights["ssm_out_bias"][None] if ssm.bias else out, cache
+
+
 def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:
     """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
     query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
@@ -98,5 +142,5 @@ def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
     return jnp.concatenate([q, k[:, :, None]], axis=2)
 
 
-MIXERS = {"attention": attention, "latent": latent_attention}
+MIXERS = {"attention": attention, "latent": latent_attention, "mamba2": mamba2}
 QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}

@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from engine.model.config import LayerSpec, ModelConfig
+from engine.model.config import LayerSpec, ModelConfig, StateSpace
 from sharding.params import ParamSpec
 
 LANES = 128  # of a TPU's vector registers
@@ -52,9 +52,11 @@ def _layer_specs(config: ModelConfig, layer: LayerSpec, dtype: np.dtype) -> dict
     specs: dict[str, ParamSpec] = {}
     if config.norm_place in ("pre", "sandwich"):
         specs["attn_norm"] = _norm(hidden)
-    specs |= _latent(config, dtype) if layer.mixer == "latent" else _attention(config, dtype)
+    specs |= _MIXERS[layer.mixer](config, dtype)
     if config.norm_place in ("post", "sandwich"):
         specs["attn_post_norm"] = _norm(hidden)
+    if layer.ffn == "none":
+        return specs
     if config.norm_place in ("pre", "sandwich"):
         specs["mlp_norm"] = _norm(hidden)
     specs |= _experts(config, dtype) if layer.ffn == "experts" else _mlp(config, dtype)
@@ -126,6 +128,31 @@ def _latent(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         packable=True,
     )
     return specs
+
+
+def _mamba2(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+    """ssm_in is [embed, gate | what is convolved (values, b, c) | time steps]."""
+    ssm, hidden, wide = config.recurrence, config.hidden_size, jnp.dtype(jnp.float32)
+    if not isinstance(ssm, StateSpace):
+        raise ValueError("the config has no state space")
+    heads, inner, channels = ssm.num_heads, ssm.inner_dim, ssm.conv_channels
+    wide_in = inner + channels + heads
+    specs = {"ssm_in": ParamSpec((hidden, wide_in), dtype, ("embed", None), fan_in=hidden, packable=True)}
+    if ssm.bias:
+        specs["ssm_in_bias"] = ParamSpec((wide_in,), dtype, (None,), init="zeros")
+    specs["conv"] = ParamSpec((ssm.conv_width, channels), dtype, (None, None), fan_in=ssm.conv_width)
+    if ssm.conv_bias:
+        specs["conv_bias"] = ParamSpec((channels,), dtype, (None,), init="zeros")
+    for name, init in (("dt_bias", "zeros"), ("a_log", "zeros"), ("skip", "ones")):
+        specs[name] = ParamSpec((heads,), wide, (None,), init=init)
+    specs["ssm_norm"] = _norm(inner, axes=(None,))
+    specs["ssm_out"] = ParamSpec((inner, hidden), dtype, (None, "embed"), fan_in=inner, packable=True)
+    if ssm.bias:
+        specs["ssm_out_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
+    return specs
+
+
+_MIXERS = {"attention": _attention, "latent": _latent, "mamba2": _mamba2}
 
 
 def _mlp(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:

@@ -163,15 +163,13 @@ def _phi3(keys: Keys) -> ModelConfig:
 
 
 def _granite(keys: Keys) -> ModelConfig:
-    dims = dims_of(keys)
+    dims = dims_of(keys) | granite_multipliers(keys)
     layer = LayerSpec(keys.rope(dims["head_dim"]))
-    dims["attention_scale"] = keys.number("attention_multiplier", 1.0)
     return ModelConfig(
         family="granite",
         layers=(layer,) * layer_count(keys),
         activation=gate_activation(keys),
         mlp_bias=keys.flag("mlp_bias"),
-        **granite_multipliers(keys),
         **attention_bias(keys),
         **dims,
     )

@@ -47,8 +47,9 @@ def attention_bias(keys: Keys) -> dict[str, bool]:
     return {"qkv_bias": bias, "output_bias": bias}
 
 
-def granite_multipliers(keys: Keys) -> dict[str, float]:
+def granite_multipliers(keys: Keys) -> dict[str, Any]:
     return {
+        "attention_scale": keys.number("attention_multiplier", 1.0),
         "embedding_multiplier": keys.number("embedding_multiplier", 1.0),
         "residual_multiplier": keys.number("residual_multiplier", 1.0),
         "logits_multiplier": 1.0 / keys.positive("logits_scaling", 1.0),

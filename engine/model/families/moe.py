@@ -101,10 +101,9 @@ def _qwen(family: str, keys: Keys, shared: dict[str, Any], **fields: Any) -> Mod
 
 
 def granite_moe(keys: Keys) -> ModelConfig:
-    dims = dims_of(keys)
+    dims = dims_of(keys) | granite_multipliers(keys)
     _skip(keys)
     layer = LayerSpec(keys.rope(dims["head_dim"]), ffn="experts")
-    dims["attention_scale"] = keys.number("attention_multiplier", 1.0)
     return ModelConfig(
         family="granitemoe",
         layers=(layer,) * layer_count(keys),
@@ -114,7 +113,6 @@ def granite_moe(keys: Keys) -> ModelConfig:
             per_token=keys.count("num_experts_per_tok"),
             intermediate_size=dims["intermediate_size"],
         ),
-        **granite_multipliers(keys),
         **attention_bias(keys),
         **dims,
     )

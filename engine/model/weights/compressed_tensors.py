@@ -21,11 +21,13 @@ from engine.model.weights.hf_packed import (
     SCALES,
     Config,
     Read,
+    Scheme,
     Shapes,
     act_order,
     fields,
     integer_packing,
     integers,
+    spread_blocks,
 )
 from engine.model.weights.packed import PackedRows
 from pallas_kernels.quantized import Activations
@@ -64,7 +66,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Scheme):
     groups: tuple[Group, ...]
 
     def group_of(self, stem: str) -> Group:
@@ -72,8 +74,6 @@ class CompressedTensors:
         if found is None:
             raise ModelError(f"{stem} is quantized, but no target of quantization_config.config_groups names it")
         return found
-
-    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         packed = "weight_packed" in dtypes
@@ -145,14 +145,9 @@ class CompressedTensors:
 
     def _spread(self, group: Group, stored: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """[out, groups] of what is stored once a tensor, a row, a group or a block."""
-        rows, k = numbers.shape
         if group.strategy == "tensor":
-            return np.broadcast_to(stored.reshape(1, 1), (rows, 1))
-        if group.strategy != "block":
-            return stored
-        size = math.gcd(k, group.block[1])
-        spread = np.repeat(np.repeat(stored, group.block[0], axis=0), group.block[1] // size, axis=1)
-        return spread[:rows, : k // size]
+            return np.broadcast_to(stored.reshape(1, 1), (len(numbers), 1))
+        return spread_blocks(stored, group.block, *numbers.shape) if group.strategy == "block" else stored
 
 
 def compressed_tensors(keys: Config) -> CompressedTensors:
@@ -191,9 +186,6 @@ def _group(keys: Config) -> Group:
     symmetric = weights.choice("symmetric", (True,) if floating else (False, True), True)
     group = weights.group("group_size")
     strategy = weights.choice("strategy", STRATEGIES, "group" if group else "channel")
-    block = weights.value("block_structure", [128, 128])
-    if not isinstance(block, list) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
-        raise weights.wrong("block_structure", "must be two numbers")
     activations, note = _activations(keys.inner("input_activations"), bits, floating, symmetric, strategy)
     found = Group(
         targets=tuple(targets),
@@ -202,7 +194,7 @@ def _group(keys: Config) -> Group:
         symmetric=symmetric,
         strategy=strategy,
         group=group if strategy == "group" else None,
-        block=(block[0], block[1]),
+        block=weights.pair("block_structure", [128, 128]) or (128, 128),
         activations=activations,
         note=note,
     )

@@ -24,7 +24,7 @@ from engine.model.params import param_specs
 from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
 from engine.model.weights.gguf_config import ROPE_FACTORS, ROPE_FREQS, gguf_model_config
 from engine.model.weights.gguf_packed import PACKINGS, unpacked_rows
-from engine.model.weights.names import Piece, View, pieces
+from engine.model.weights.names import Piece, View, of_experts, pieces
 from engine.model.weights.packed import QuantizedTensor, blocks, empty, stored_weight
 from sharding.params import ParamSpec
 
@@ -60,13 +60,8 @@ _OUTER_NAMES = {
 }
 
 
-# A mixture of experts: one tensor for all experts' matrices of a kind. Names within a layer are GGUF's.
-_EXPERT_NAMES = frozenset(
-    {"router", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down", "shared_gate"}
-)  # fmt: skip
-
-
 def _expert_pieces(config: ModelConfig, name: str) -> tuple[Piece, ...]:
+    """One tensor for all experts' matrices of a kind; names within a layer are GGUF's."""
     experts, hidden = config.experts, config.hidden_size
     if experts is None:
         raise ValueError("the config has no experts")
@@ -169,7 +164,7 @@ class GgufCheckpoint:
     def pieces(self, param: str) -> Iterator[Piece]:
         """The stored tensors of `param`, still under their Hugging Face names but for experts."""
         layer, _, name = param.removeprefix("layers.").partition(".")
-        if name not in _EXPERT_NAMES:
+        if not of_experts(name):
             yield from pieces(self.config, param, "model.", "lm_head.weight")
             return
         for piece in _expert_pieces(self.config, name):

@@ -70,7 +70,7 @@ class HfCheckpoint:
 
     def pieces(self, param: str) -> list[Piece]:
         head = next((name for name in HEADS if name in self.tensors), HEADS[0])
-        return list(pieces(self.config, param, self.prefix, head, by_rows=self._joint == "_"))
+        return list(pieces(self.config, param, self.prefix, head, by_rows=self._merged))
 
     def stored(self, specs: Mapping[str, ParamSpec]) -> dict[str, StoredWeight]:
         found = {
@@ -100,9 +100,8 @@ class HfCheckpoint:
         found = self.scheme.tensors(stem, rows, k, self._dtypes(stem))
         if found is None:
             return None
-        joint = self.scheme.joint  # experts in one tensor keep their dimension in all of its parts
-        return {
-            f"{stem}{joint}{name}": (dtypes, (*lead, *shape[1:]) if len(lead) > 1 else shape)
+        return {  # experts in one tensor keep their dimension in all of its parts
+            self._part(stem, name): (dtypes, (*lead, *shape[1:]) if len(lead) > 1 else shape)
             for name, (dtypes, shape) in found.items()
         }
 
@@ -110,15 +109,19 @@ class HfCheckpoint:
         """stem, numbers a row, dtypes and reader of a quantized weight."""
         stem = piece.name.removesuffix(".weight")
         k = piece.stored_shape(_shape_only(spec))[-1]
-        return stem, k, self._dtypes(stem), lambda name: self._read(f"{stem}{self._joint}{name}")
+        return stem, k, self._dtypes(stem), lambda name: self._read(self._part(stem, name))
 
     def _dtypes(self, stem: str) -> dict[str, str]:
-        names = {name: self.tensors.get(f"{stem}{self._joint}{name}") for name in ENDINGS}
+        names = {name: self.tensors.get(self._part(stem, name)) for name in ENDINGS}
         return {name: tensor.dtype for name, tensor in names.items() if tensor is not None}
 
     @property
-    def _joint(self) -> str:
-        return "." if self.scheme is None else self.scheme.joint
+    def _merged(self) -> bool:
+        return self.scheme is not None and self.scheme.merged
+
+    def _part(self, stem: str, name: str) -> str:
+        """The whole name of one of the tensors that stand for a quantized weight."""
+        return f"{stem}{'_' if self._merged else '.'}{name}"
 
     @contextmanager
     def _naming(self, piece: Piece) -> Iterator[None]:
@@ -153,25 +156,39 @@ class HfCheckpoint:
             piece.fill(target, self._read(piece.name) if rows is None else rows.float32())
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        file = tensor.file
-        try:
-            if tensor.dtype in FLOAT8:
-                with file.open("rb") as raw:
-                    raw.seek(tensor.start)
-                    found = np.frombuffer(raw.read(tensor.num_bytes), FLOAT8[tensor.dtype])
-                return found.reshape(tensor.shape)
-            # Opened for each tensor: closing unmaps the file, so pages read stay out of the peak RSS.
-            with safe_open(file, framework="numpy") as opened:
-                return opened.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{file}: cannot read tensor {name}: {error}") from error
+        return read_tensor(self.tensors[name], name)
+
+
+def read_tensor(tensor: StoredTensor, name: str) -> np.ndarray:
+    """The tensor as it is stored. Raises ModelError that names its file."""
+    file = tensor.file
+    try:
+        if tensor.dtype in FLOAT8:
+            with file.open("rb") as raw:
+                raw.seek(tensor.start)
+                found = np.frombuffer(raw.read(tensor.num_bytes), FLOAT8[tensor.dtype])
+            return found.reshape(tensor.shape)
+        # Opened for each tensor: closing unmaps the file, so pages read stay out of the peak RSS.
+        with safe_open(file, framework="numpy") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot read tensor {name}: {error}") from error
 
 
 def open_hf(folder: Path, max_model_len: int | None = None) -> HfCheckpoint:
     """Check a folder's config.json and safetensors headers. Raises ModelError."""
     hf = read_json(folder / "config.json")
     config = model_config(hf, max_model_len)
+    tensors = read_tensors(folder)
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), PREFIXES[0])
+    dtype = native_dtype(tensors.values())
+    checkpoint = HfCheckpoint(config, folder, dtype, _end_token_ids(folder, hf), tensors, prefix, scheme_of(hf))
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The headers of a folder's safetensors, one file or shards. Raises ModelError."""
     tensors: dict[str, StoredTensor] = {}
     for file, names in _files(folder).items():
         header = read_header(file)
@@ -179,11 +196,7 @@ def open_hf(folder: Path, max_model_len: int | None = None) -> HfCheckpoint:
         if missing:
             raise ModelError(f"{file}: tensor {missing[0]} is missing, though {INDEX} says that it is here")
         tensors.update(header)
-    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), PREFIXES[0])
-    dtype = _native_dtype(tensors.values())
-    checkpoint = HfCheckpoint(config, folder, dtype, _end_token_ids(folder, hf), tensors, prefix, scheme_of(hf))
-    _check_tensors(checkpoint)
-    return checkpoint
+    return tensors
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
@@ -272,28 +285,32 @@ def _check_tensors(checkpoint: HfCheckpoint) -> None:
     """Every parameter has its tensors in the right shape, and nothing is left over."""
     where, tensors, used = checkpoint.source, checkpoint.tensors, set()
     for param, spec in param_specs(checkpoint.config, np.dtype(np.float32)).items():
-        shape_only = _shape_only(spec)
         for piece in checkpoint.pieces(param):
             quantized = checkpoint.scheme_tensors(piece, spec)
             if quantized is not None:
                 _check_quantized(checkpoint, quantized)
                 used.update(quantized)
                 continue
-            stored = tensors.get(piece.name)
-            if stored is None:
-                raise ModelError(f"{where}: tensor {piece.name} is missing")
-            expected = piece.stored_shape(shape_only)
-            if stored.shape != expected:
-                raise ModelError(f"{stored.file}: tensor {piece.name} has shape {list(stored.shape)}, "
-                                 f"the config needs {list(expected)}")  # fmt: skip
-            if stored.dtype not in DTYPES:
-                raise ModelError(f"{stored.file}: tensor {piece.name} has dtype {stored.dtype}; "
-                                 f"supported: {', '.join(DTYPES)}")  # fmt: skip
+            check_stored(where, tensors, piece, spec)
             used.add(piece.name)
     for name, stored in tensors.items():
         if name not in used and not ignored(checkpoint.config, name):
             raise ModelError(f"{stored.file}: tensor {name} is not a part of a {checkpoint.config.family} model "
                              "with this config")  # fmt: skip
+
+
+def check_stored(where: Path, tensors: Mapping[str, StoredTensor], piece: Piece, spec: ParamSpec) -> None:
+    """The tensor of `piece` is there, in the shape that `spec` needs and in a dtype of weights."""
+    stored = tensors.get(piece.name)
+    if stored is None:
+        raise ModelError(f"{where}: tensor {piece.name} is missing")
+    expected = piece.stored_shape(_shape_only(spec))
+    if stored.shape != expected:
+        raise ModelError(f"{stored.file}: tensor {piece.name} has shape {list(stored.shape)}, "
+                         f"the config needs {list(expected)}")  # fmt: skip
+    if stored.dtype not in DTYPES:
+        raise ModelError(f"{stored.file}: tensor {piece.name} has dtype {stored.dtype}; "
+                         f"supported: {', '.join(DTYPES)}")  # fmt: skip
 
 
 def _check_quantized(checkpoint: HfCheckpoint, wanted: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> None:
@@ -316,7 +333,7 @@ def _shape_only(spec: ParamSpec) -> np.ndarray:
         raise ModelError(f"config.json: a weight of shape {spec.shape} is impossible") from error
 
 
-def _native_dtype(tensors: Iterable[StoredTensor]) -> Dtype:
+def native_dtype(tensors: Iterable[StoredTensor]) -> Dtype:
     """float32 if most bytes are; else bfloat16."""
     tensors = list(tensors)
     wide = sum(t.num_bytes for t in tensors if t.dtype == "F32")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -38,11 +38,10 @@ DYNAMIC_NOTE = "static input scales become one a row, dynamic"
 
 
 class Scheme(Protocol):
-    """How one quantized weight [rows, k] is stored. `dtypes`: its tensors' dtypes by the end of their names,
-    which `joint` joins to the weight's."""
+    """How one quantized weight [rows, k] is stored. `dtypes`: its tensors' dtypes by the end of their names."""
 
-    @property
-    def joint(self) -> str: ...
+    # All experts' weights are one tensor [experts, out, in], and "_" stands before the end of a name, not ".".
+    merged: ClassVar[bool] = False
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         """The tensors that stand for the weight `stem`; None: it is not quantized."""
@@ -95,6 +94,15 @@ class Config:
             raise self.wrong(key, "must be -1 or an even number of rows")
         return None if value == -1 else value
 
+    def pair(self, key: str, default: list[int] | None = None) -> tuple[int, int] | None:
+        """A block's rows and numbers of a row."""
+        value = self.value(key, default)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2 or not all(type(b) is int and b > 0 for b in value):
+            raise self.wrong(key, "must be two numbers")
+        return value[0], value[1]
+
     def ignore(self, *keys: str) -> None:
         """How the weights were found or are computed with elsewhere, or names that the tensors show themselves."""
         self._read.update(keys)
@@ -128,6 +136,13 @@ def integers(numbers: np.ndarray, zeros: np.ndarray | None, scales: np.ndarray, 
     return PackedRows(numbers, scales, zeros=zeros.astype(np.float32) - start)
 
 
+def spread_blocks(stored: np.ndarray, block: tuple[int, int], rows: int, k: int) -> np.ndarray:
+    """[rows, groups] of what is stored once a block of so many rows and columns; the last blocks may be ragged."""
+    group = math.gcd(k, block[1])
+    spread = np.repeat(np.repeat(stored, block[0], axis=0), block[1] // group, axis=1)
+    return spread[:rows, : k // group]
+
+
 def act_order(group_of: np.ndarray, group: int) -> np.ndarray | None:
     """The group [K] of each number of a row; None where the groups are runs."""
     k, order = len(group_of), group_of.astype(np.int64)
@@ -157,7 +172,7 @@ def integer_packing(
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Scheme):
     """qweight [K * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [K]."""
 
     bits: int
@@ -165,7 +180,6 @@ class Gptq:
     symmetric: bool
     act_order: bool
     zero_shift: int  # version 1 stores zero points minus one
-    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if "qweight" not in dtypes:
@@ -212,11 +226,10 @@ def gptq(keys: Config) -> Gptq:
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Scheme):
     """qweight [K, out / 8], qzeros [groups, out / 8], scales [groups, out]; words hold columns 0 2 4 6 1 3 5 7."""
 
     group: int | None
-    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if "qweight" not in dtypes:
@@ -248,13 +261,12 @@ def awq(keys: Config) -> Awq:
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Scheme):
     """weight float8 [out, K] with weight_scale or weight_scale_inv: one, one a row, or one a block."""
 
     block: tuple[int, int] | None
     activations: Activations
     note: str
-    joint: str = "."
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if dtypes.get("weight") not in ("F8_E4M3", "F8_E5M2"):
@@ -275,33 +287,28 @@ class Fp8:
         scales = read("weight_scale" if "weight_scale" in dtypes else "weight_scale_inv").astype(np.float32)
         if self.block is None:
             return PackedRows(numbers, np.broadcast_to(scales.reshape(-1, 1), (len(numbers), 1)))
-        group = math.gcd(k, self.block[1])
-        scales = np.repeat(np.repeat(scales, self.block[0], axis=0), self.block[1] // group, axis=1)
-        return PackedRows(numbers, scales[: len(numbers), : k // group])
+        return PackedRows(numbers, spread_blocks(scales, self.block, len(numbers), k))
 
 
 def fp8(keys: Config) -> Fp8:
     keys.ignore("modules_to_not_convert", "ignored_layers", "dequantize", "scale_fmt", "is_checkpoint_fp8_serialized")
     keys.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     scheme = keys.choice("activation_scheme", ("dynamic", "static"), "dynamic")
-    block = keys.value("weight_block_size")
+    block = keys.pair("weight_block_size")
     if block is None:
-        note = DYNAMIC_NOTE if scheme == "static" else ""
-        return Fp8(None, "dynamic", note)
-    if not isinstance(block, list) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
-        raise keys.wrong("weight_block_size", "must be two numbers")
-    return Fp8((block[0], block[1]), "float", "activations are not rounded to float8")
+        return Fp8(None, "dynamic", DYNAMIC_NOTE if scheme == "static" else "")
+    return Fp8(block, "float", "activations are not rounded to float8")
 
 
 @dataclass(frozen=True)
-class Mxfp4:
+class Mxfp4(Scheme):
     """gpt-oss's experts (OCP microscaling formats, 2023): blocks [experts, out, K / 32, 16], two e2m1 numbers a
     byte, the first in the low bits, and scales [experts, out, K / 32], powers of two biased by 127.
 
     Twice an e2m1 number is an integer, so int8 in groups of 32 holds them exactly, and bfloat16 the scales.
     """
 
-    joint: str = "_"
+    merged = True
 
     def tensors(self, stem: str, rows: int, k: int, dtypes: Mapping[str, str]) -> Shapes | None:
         if "blocks" not in dtypes:

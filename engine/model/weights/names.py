@@ -130,11 +130,14 @@ _FUSED: dict[str, Row] = {
     "gate_up": (("mlp.gate_up_proj.weight", (_gate, _up)),),
 }
 
-# Where a family keeps its experts: block, router, expert and its three matrices, the one for every token.
-_MIXTRAL = ("block_sparse_moe", "gate.weight", "w1", "w3", "w2", "")
-_EXPERT_NAMES = {"mixtral": _MIXTRAL}
-_OF_EXPERTS = ("mlp", "gate.weight", "gate_proj", "up_proj", "down_proj", "shared_expert")
-_SHARED = {"deepseek_v2": "shared_experts", "deepseek_v3": "shared_experts"}
+# Where a family keeps its experts: the block, the three matrices of one, and the expert that every token sees.
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+_OF_EXPERTS = ("mlp", *_MATRICES, "shared_expert")
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2", ""),
+    "deepseek_v2": ("mlp", *_MATRICES, "shared_experts"),
+    "deepseek_v3": ("mlp", *_MATRICES, "shared_experts"),
+}
 
 
 def _expert_pieces(config: ModelConfig, name: str) -> Pieces:
@@ -142,18 +145,17 @@ def _expert_pieces(config: ModelConfig, name: str) -> Pieces:
     experts = config.experts
     if experts is None:
         raise ValueError("the config has no experts")
-    block, router, gate, up, down, shared = _EXPERT_NAMES.get(config.family, _OF_EXPERTS)
-    shared = f"{block}.{_SHARED.get(config.family, shared)}"
+    block, gate, up, down, shared = _EXPERT_NAMES.get(config.family, _OF_EXPERTS)
     halves: dict[str, Row] = {"gate_up": ((gate, (_gate,)), (up, (_up,))), "down": ((down, (_transposed,)),)}
     if name == "router":
-        return (Piece(f"{block}.{router}", (_transposed,)),)
+        return (Piece(f"{block}.gate.weight", (_transposed,)),)
     if name == "router_correction":
         return (Piece(f"{block}.gate.e_score_correction_bias", (_whole,), shape=(experts.num_experts,)),)
     if name == "shared_gate":
         return (Piece(f"{block}.shared_expert_gate.weight", (_transposed,)),)
     if name.startswith("shared_"):
         return tuple(
-            Piece(f"{shared}.{stored}.weight", views) for stored, views in halves[name.removeprefix("shared_")]
+            Piece(f"{block}.{shared}.{stored}.weight", views) for stored, views in halves[name.removeprefix("shared_")]
         )
     return tuple(
         Piece(f"{block}.experts.{expert}.{stored}.weight", (_of(expert, view),))
@@ -308,9 +310,14 @@ def pieces(config: ModelConfig, param: str, prefix: str, head: str, by_rows: boo
             yield replace(piece, name=f"{prefix}layers.{layer}.{piece.name}")
 
 
+def of_experts(name: str) -> bool:
+    """Whether a layer's parameter belongs to its mixture of experts."""
+    return name.startswith(("experts_", "shared_", "router"))
+
+
 def _layer_pieces(config: ModelConfig, name: str, by_rows: bool) -> Pieces:
     """Names within "layers.{i}."."""
-    if name.startswith(("experts_", "shared_", "router")):
+    if of_experts(name):
         if config.family == "gpt_oss":
             return _gpt_oss_expert_pieces(config, name, by_rows)
         return (_granite_expert_pieces if config.family == "granitemoe" else _expert_pieces)(config, name)
