@@ -59,6 +59,13 @@ def write_folder(folder: Path, quantization: dict[str, Any] | None, linear: Line
         parts, weight = linear(rng, rows, k)
         quantized |= {f"{stem}.{part}": array for part, array in parts.items()}
         wide[f"{stem}.weight"] = weight.astype(np.float32)
+    return write_twins(folder, config, quantization, quantized, wide)
+
+
+def write_twins(
+    folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None, quantized: Tensors, wide: Tensors
+) -> Path:
+    """`folder`, and beside it `folder`-float with the float weights that it stands for."""
     extra = {} if quantization is None else {"quantization_config": quantization}
     twin = folder.with_name(f"{folder.name}-float")
     for place, tensors, keys in ((folder, quantized, extra), (twin, wide, {})):
@@ -82,13 +89,7 @@ def requantize_fixture(name: str, folder: Path, quantization: dict[str, Any], li
             wide[tensor] = weight.astype(np.float32)
         else:
             quantized[tensor] = wide[tensor] = values
-    config = hf_config(name)
-    twin = folder.with_name(f"{folder.name}-float")
-    for place, tensors, keys in ((folder, quantized, {"quantization_config": quantization}), (twin, wide, {})):
-        place.mkdir()
-        (place / "config.json").write_text(json.dumps({**config, **keys}))
-        write_safetensors(place / "model.safetensors", tensors)
-    return folder
+    return write_twins(folder, hf_config(name), quantization, quantized, wide)
 
 
 def words(numbers: np.ndarray, bits: int) -> np.ndarray:
@@ -216,50 +217,35 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 
 def write_gpt_oss(folder: Path) -> Path:
-    """A gpt-oss of two layers whose experts are mxfp4, all else random and bfloat16; and its float twin."""
+    """The gpt-oss fixture with wider experts in mxfp4, whose blocks are 32 numbers of a row; and its float twin."""
     rng = np.random.default_rng(29)
-    experts, hidden, mlp = 4, 64, 96
-    config = {**hf_config("gpt_oss"), "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": 2,
-              "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
-    sizes = {"experts.gate_up_proj": (2 * mlp, hidden), "experts.down_proj": (hidden, mlp)}
-    grown = {32: hidden, 48: mlp, 96: 2 * mlp}
-
-    def grown_size(size: int) -> int:
-        return next((new for old, new in grown.items() if old == size), size)
-
+    config = {**hf_config("gpt_oss"), "intermediate_size": 96}
+    experts, hidden, mlp = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
+    sizes = {"gate_up_proj": (2 * mlp, hidden), "down_proj": (hidden, mlp)}
     quantized: Tensors = {}
+    wide: Tensors = {}
     for name, values in hf_tensors("gpt_oss").items():
-        if ".layers.2." in name or ".layers.3." in name or name.endswith(("gate_up_proj", "down_proj")):
-            continue
-        shape = tuple(grown_size(n) for n in values.shape)
-        if "self_attn" in name:  # heads stay as they are
-            rows, *columns = values.shape
-            if "o_proj" in name:
-                shape = (hidden, *columns)
-            else:
-                shape = (rows, *(hidden for _ in columns))
-        if name.endswith("norm.weight"):
-            quantized[name] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        kind = name.rsplit(".", 1)[1]
+        if kind in sizes:
+            blocks, scales, weight = mxfp4(rng, experts, *sizes[kind])
+            quantized |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            wide[name] = np.ascontiguousarray(weight.swapaxes(1, 2))
+        elif kind == "gate_up_proj_bias":
+            quantized[name] = wide[name] = rng.standard_normal((experts, 2 * mlp)).astype(np.float32)
         else:
-            quantized[name] = (rng.standard_normal(shape) * 0.2).astype(ml_dtypes.bfloat16)
-    wide = dict(quantized)
-    for layer in range(2):
-        for name, (rows, k) in sizes.items():
-            stem = f"model.layers.{layer}.mlp.{name}"
-            blocks = rng.integers(0, 256, (experts, rows, k // 32, 16)).astype(np.uint8)
-            scales = rng.integers(120, 127, (experts, rows, k // 32)).astype(np.uint8)
-            weight = np.zeros((experts, rows, k), np.float32)
-            for index in np.ndindex(experts, rows, k // 32):
-                factor = 2.0 ** (int(scales[index]) - 127)
-                for i, byte in enumerate(blocks[index].tolist()):
-                    at = index[2] * 32 + 2 * i
-                    weight[index[0], index[1], at : at + 2] = E2M1[byte & 15] * factor, E2M1[byte >> 4] * factor
-            quantized |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
-            wide[stem] = np.ascontiguousarray(weight.swapaxes(1, 2))
+            quantized[name] = wide[name] = values
     method = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    twin = folder.with_name(f"{folder.name}-float")
-    for place, tensors, keys in ((folder, quantized, {"quantization_config": method}), (twin, wide, {})):
-        place.mkdir()
-        (place / "config.json").write_text(json.dumps({**config, **keys}))
-        write_safetensors(place / "model.safetensors", tensors)
-    return folder
+    return write_twins(folder, config, method, quantized, wide)
+
+
+def mxfp4(rng: np.random.Generator, experts: int, rows: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """blocks, scales, and the float32 weights [experts, rows, k]."""
+    blocks = rng.integers(0, 256, (experts, rows, k // 32, 16)).astype(np.uint8)
+    scales = rng.integers(120, 127, (experts, rows, k // 32)).astype(np.uint8)
+    weight = np.zeros((experts, rows, k), np.float32)
+    for expert, row, block in np.ndindex(experts, rows, k // 32):
+        factor = 2.0 ** (int(scales[expert, row, block]) - 127)
+        for i, byte in enumerate(blocks[expert, row, block].tolist()):
+            at = block * 32 + 2 * i
+            weight[expert, row, at : at + 2] = E2M1[byte & 15] * factor, E2M1[byte >> 4] * factor
+    return blocks, scales, weight

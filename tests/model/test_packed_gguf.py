@@ -80,6 +80,7 @@ class Both:
 
 
 def load_both(opened: Any) -> Both:
+    """The float32 parameters and the packed ones, of the shapes that were promised."""
     specs = param_specs(opened.config, FLOAT32)
     stored = opened.stored(specs)
     packings = {name: weight.packing for name, weight in stored.items() if weight.packing}

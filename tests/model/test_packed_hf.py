@@ -14,7 +14,6 @@ import pytest
 from engine.errors import ModelError
 from engine.model.packing import Packing
 from engine.model.params import param_specs
-from engine.model.quantization import pack
 from engine.model.weights import open_checkpoint
 from pallas_kernels.quantized import Quantized, quantized_bytes
 from tests.model.models import relative_error
@@ -29,7 +28,7 @@ from tests.model.quantized_folders import (
     write_folder,
     write_gpt_oss,
 )
-from tests.model.test_packed_gguf import FLOAT32, Both, by_hand
+from tests.model.test_packed_gguf import FLOAT32, Both, by_hand, load_both
 from tests.oracle import naive_logits
 
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -122,17 +121,12 @@ DYNAMIC: dict[str, tuple[Config, Linear, Packing, str]] = {
 }  # fmt: skip
 
 
-def load_both(folder: Path) -> Both:
-    """The twin's float32 parameters and the folder's packed ones."""
-    opened, twin = open_checkpoint(folder), open_checkpoint(folder.with_name(f"{folder.name}-float"))
-    specs = param_specs(opened.config, FLOAT32)
-    packings = {name: weight.packing for name, weight in opened.stored(specs).items() if weight.packing}
-    wide = twin.load(specs, lambda _, array: array)
-    packed = opened.load(specs, lambda name, array: jax.device_put(pack(specs[name], array, None)), packings)
-    again = opened.load(specs, lambda _, array: array)
-    for name, array in wide.items():
-        np.testing.assert_array_equal(again[name], array, err_msg=name)
-    return Both(opened, packings, wide, packed)  # type: ignore[arg-type]
+def load_twins(folder: Path) -> Both:
+    """The folder's parameters, dequantized and packed; the former are the twin's to the bit."""
+    both, twin = load_both(open_checkpoint(folder)), open_checkpoint(folder.with_name(f"{folder.name}-float"))
+    for name, array in twin.load(param_specs(twin.config, FLOAT32), lambda _, array: array).items():
+        np.testing.assert_array_equal(both.wide[name], array, err_msg=name)
+    return both
 
 
 def check_weights(both: Both) -> None:
@@ -159,7 +153,7 @@ def named(names: Iterable[str]) -> list[Any]:
 @pytest.mark.parametrize("name", EXACT)
 def test_kept_packed_without_loss(name: str, tmp_path: Path) -> None:
     config, linear, packing, bits = EXACT[name]
-    both = load_both(write_folder(tmp_path / "model", config, linear))
+    both = load_twins(write_folder(tmp_path / "model", config, linear))
     assert both.packings == {f"layers.0.{matrix}": packing for matrix in MATRICES}
     for key in both.packings:
         weight, columns = both.packed[key], both.packed[key].shape[1]
@@ -171,14 +165,14 @@ def test_kept_packed_without_loss(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", named(EXACT))
 def test_logits(name: str, tmp_path: Path) -> None:
     config, linear, _, _ = EXACT[name]
-    check_logits(load_both(write_folder(tmp_path / "model", config, linear)), 1e-4)
+    check_logits(load_twins(write_folder(tmp_path / "model", config, linear)), 1e-4)
 
 
 @pytest.mark.parametrize("name", named(DYNAMIC))
 def test_rounded_activations(name: str, tmp_path: Path) -> None:
     """The weights are exact; rows of x are rounded to 8 bits, which moves the logits by a few percent at most."""
     config, linear, packing, reason = DYNAMIC[name]
-    both = load_both(write_folder(tmp_path / "model", config, linear))
+    both = load_twins(write_folder(tmp_path / "model", config, linear))
     assert both.packings == {f"layers.0.{matrix}": packing for matrix in MATRICES}
     check_weights(both)
     check_logits(both, 0.1)
@@ -200,7 +194,7 @@ def test_rounded_activations(name: str, tmp_path: Path) -> None:
 def test_what_cannot_stay_packed_is_dequantized_and_said(
     config: Config, linear: Linear, reason: str, tmp_path: Path
 ) -> None:
-    both = load_both(write_folder(tmp_path / "model", config, linear))  # compares the dequantized weights
+    both = load_twins(write_folder(tmp_path / "model", config, linear))  # compares the dequantized weights
     assert not both.packings
     stored = both.opened.stored(param_specs(both.opened.config, FLOAT32))
     assert len(stored) == 4
@@ -211,7 +205,7 @@ def test_what_cannot_stay_packed_is_dequantized_and_said(
 def test_experts_and_latents_in_float8_blocks(name: str, tmp_path: Path) -> None:
     config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
     linear = float8("weight_scale_inv", block=(16, 16))
-    both = load_both(requantize_fixture(name, tmp_path / "model", config, linear))
+    both = load_twins(requantize_fixture(name, tmp_path / "model", config, linear))
     kinds = {key.split(".")[-1] for key in both.packings}
     experts = {"experts_gate_up", "experts_down"}
     if name == "mixtral":
@@ -223,23 +217,25 @@ def test_experts_and_latents_in_float8_blocks(name: str, tmp_path: Path) -> None
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
-    both = load_both(write_gpt_oss(tmp_path / "model"))
-    packing = Packing("int8", 32, scale_dtype="bfloat16")
-    assert both.packings == {f"layers.{i}.{name}": packing for i in (0, 1) for name in EXPERTS}
+    both = load_twins(write_gpt_oss(tmp_path / "model"))
+    layers = range(both.opened.config.num_layers)
+    groups = {"experts_gate_up": None, "experts_down": 32}  # a row of gate_up is one block
+    assert both.packings == {
+        f"layers.{i}.{name}": Packing("int8", group, scale_dtype="bfloat16")
+        for i in layers
+        for name, group in groups.items()
+    }
     for key in both.packings:
         assert quantized_bytes(both.packed[key]) == 8.5 * both.wide[key].size / 8
     check_weights(both)
     check_logits(both, 1e-4)
 
 
-EXPERTS = ("experts_gate_up", "experts_down")
-
-
 def test_layers_that_stay_float(tmp_path: Path) -> None:
     config, linear, packing, _ = EXACT["awq 128"]
     config = {**config, "modules_to_not_convert": ["down_proj", "v_proj"]}
     floats = ("self_attn.v_proj", "mlp.down_proj")
-    both = load_both(write_folder(tmp_path / "model", config, linear, floats))
+    both = load_twins(write_folder(tmp_path / "model", config, linear, floats))
     assert both.packings == {"layers.0.o": packing, "layers.0.gate_up": packing}
     check_weights(both)
     check_logits(both, 1e-4)
@@ -250,7 +246,7 @@ def test_layers_that_stay_float(tmp_path: Path) -> None:
 
 def test_a_wrong_nibble_would_be_seen(tmp_path: Path) -> None:
     config, linear, _, _ = EXACT["gptq 128"]
-    both = load_both(write_folder(tmp_path / "model", config, linear))
+    both = load_twins(write_folder(tmp_path / "model", config, linear))
     down = both.packed["layers.0.down"]
     values = np.array(down.values)
     values[0, 0] ^= 1
