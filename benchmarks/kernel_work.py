@@ -7,7 +7,7 @@ What nobody may read is NaN where the dtype has one: the trash page of a pool.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,8 +70,13 @@ class Work:
         return replace(target, implementations=tuple((name, implementation) for name in self.names))
 
 
-def all_work(op: str, target: Target, small: bool) -> list[Work]:
-    """The op's cases, REAL or SMALL; those of models that the goals name first."""
+def all_work(op: str, target: Target, small: bool, words: Sequence[str] = ()) -> list[Work]:
+    """The op's cases, REAL or SMALL, whose names hold one of `words` if any; the models that the goals name first."""
+    works = _works(op, target, small)
+    return [work for work in works if not words or any(word in work.name for word in words)]
+
+
+def _works(op: str, target: Target, small: bool) -> list[Work]:
     platform = target.platform
     if op == "paged_attention":
         chosen = attention_cases.CASES if small else attention_cases.REAL

@@ -175,10 +175,7 @@ def figures(work: Work, timing: Timing, rates: Rates) -> dict[str, Any]:
 
 def interleaved(ops: Sequence[str], target: Target, small: bool, words: Sequence[str]) -> list[Work]:
     """A case of each op in turn, so that a short budget sees all ops."""
-    lists = [
-        [work for work in all_work(op, target, small) if not words or any(word in work.name for word in words)]
-        for op in ops
-    ]
+    lists = [all_work(op, target, small, words) for op in ops]
     return [work for row in zip_longest(*lists) for work in row if work is not None]
 
 

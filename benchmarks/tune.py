@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = measure_rates(small=False)
     left_out = []
     for op in args.only:
-        works = [w for w in all_work(op, target, False) if not args.cases or any(c in w.name for c in args.cases)]
+        works = all_work(op, target, small=False, words=args.cases)
         left_out += [f"{op} {key}" for key in tune(by_key(works, target), target, rates, deadline, args.out)]
     if left_out:
         print(f"left out, the budget of {args.budget_s:g} s is spent: {'; '.join(left_out)}")
