@@ -32,6 +32,7 @@ MAY_IMPORT = {
 NO_JAX = {
     *(f"engine.{name}" for name in ("request", "errors", "config", "stats", "sequence")),
     *(f"engine.{name}" for name in ("pages", "prefix_cache", "scheduler", "policy")),
+    *(f"engine.pooling.{name}" for name in ("config", "request")),
     "server.cli",
     "server.options",
     "server.batch",
