@@ -1,4 +1,4 @@
-"""The engine's thread: inbox -> plan -> launch -> commit -> sinks. The one place that drives a step.
+"""The generating engine: inbox -> plan -> launch -> commit -> sinks. The one place that drives a step of it.
 
 `run_once` and `run_once_overlapped` do the same; the plain one is the debug mode and the
 oracle. Knows nothing about HTTP. Sinks are called from this thread and must not block.
@@ -6,15 +6,8 @@ oracle. Knows nothing about HTTP. Sinks are called from this thread and must not
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import logging
-import queue
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
@@ -25,11 +18,10 @@ from engine.scheduler import Scheduler
 from engine.sequence import stop_token_ids
 from engine.stats import Counters, EngineStats
 from engine.text import Tokenizer
+from engine.thread import EngineThread
 
-log = logging.getLogger("octavo.engine")
 
-
-class Engine:
+class Engine(EngineThread):
     """Thread-safe front of one model: `submit`, `abort`, `stats`, `drain`, `stop`."""
 
     def __init__(
@@ -43,6 +35,7 @@ class Engine:
         end_token_ids: tuple[int, ...] = (),
         counters: Counters | None = None,
     ) -> None:
+        super().__init__(config.overlap)
         self.config = config
         self.runner = runner
         self.vocab_size = vocab_size
@@ -52,22 +45,9 @@ class Engine:
         self.counters = counters or Counters()
         self.scheduler = Scheduler(config, self.counters)
         self.outbox = Outbox(self.scheduler.end)
-        self.failure: str | None = None  # why the thread died
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: PendingStep | None = None
-        self._draining = self._stopping = False
-        self._last_step_s = time.monotonic()
-        self._lock = threading.Lock()
-        self._num_submitted = 0  # choices in the inbox that the scheduler has not seen
-        self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
 
     # -- called from any thread ---------------------------------------------------------------
-
-    def start(self) -> Engine:
-        """Start the thread. It is stopped before the interpreter tears JAX down, should nobody call `stop`."""
-        atexit.register(self.stop)
-        self._thread.start()
-        return self
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises InvalidParam, ContextOverflow, QueueFull or EngineStopped, and then keeps nothing."""
@@ -85,28 +65,6 @@ class Engine:
         """End a request wherever it is. Unknown and finished ids are fine."""
         self._inbox.put(lambda: self.outbox.deliver(self.scheduler.abort(request_id)))
 
-    def _check_open(self) -> None:
-        if self._draining or self.failure is not None:
-            raise EngineStopped(self.failure or "the engine is shutting down")
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        """Run `function` on the engine's thread between steps, with none in flight; returns its result."""
-        done: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                if self.failure is not None:
-                    raise EngineStopped(self.failure)
-                self._guarded(self._settle)
-                done.set_result(function())
-            except Exception as error:  # noqa: BLE001 - handed to the caller, whose function it is
-                done.set_exception(error)
-
-        with self._lock:
-            self._check_open()
-            self._inbox.put(run)
-        return done.result()
-
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.counters
         running = len(scheduler.running)
@@ -121,47 +79,9 @@ class Engine:
             **fields,
         )
 
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the running ones; True when none is left."""
-        with self._lock:
-            self._draining = True
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and self.failure is None:
-            if not (self.outbox or self._num_submitted):
-                return True
-            time.sleep(0.01)
-        return not self.outbox
-
-    def stop(self) -> None:
-        """End what is left with ABORT and join the thread."""
-        atexit.unregister(self.stop)
-        with self._lock:
-            self._draining = self._stopping = True
-        self._inbox.put(lambda: None)  # wakes the thread
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout=30)
-
     # -- the loop -----------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        step = self.run_once_overlapped if self.config.overlap else self.run_once
-        try:
-            while not self._stopping:
-                worked = self._guarded(step)
-                self._read_inbox(block=not worked)
-            self._read_inbox(block=False)
-            self._guarded(self._settle)
-            for request_id in self.outbox.ids():
-                self.outbox.deliver(self.scheduler.abort(request_id))
-        except BaseException as error:  # the thread's end: say why, leave no client waiting
-            log.exception("the engine's thread died")
-            with self._lock:
-                self.failure = type(error).__name__
-            self.outbox.fail_all(INTERNAL_ERROR)
-            self._read_inbox(block=False)
-
     def run_once(self) -> bool:
-        """One step, start to end. False when there is nothing to do."""
         plan = self.scheduler.plan()
         if plan is None:
             return False
@@ -169,7 +89,6 @@ class Engine:
         return True
 
     def run_once_overlapped(self) -> bool:
-        """Launch a step, then read the one before it: the device never waits for the host's reading."""
         plan = self.scheduler.plan()
         launched = self.runner.launch(plan) if plan is not None else None
         previous, self._pending = self._pending, launched
@@ -183,28 +102,24 @@ class Engine:
         self.outbox.deliver(self.scheduler.commit(pending.plan, result))
 
     def _settle(self) -> None:
-        """Read the step in flight, if there is one."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._commit(pending)
 
-    def _guarded(self, step: Callable[[], bool | None]) -> bool:
-        """A step that fails ends the requests that were in it, not the engine."""
-        try:
-            return bool(step())
-        except Exception:  # whatever a device or a bug throws; a second failure here ends the thread
-            log.exception("a step failed; running requests end with an error")
-            self._pending = None
-            self.runner.reset()
-            self.outbox.deliver(self.scheduler.fail_all(INTERNAL_ERROR))
-            return True
+    def has_work(self) -> bool:
+        return bool(self.outbox)
 
-    def _read_inbox(self, block: bool) -> None:
-        if block and self._inbox.empty():
-            self._last_step_s = time.monotonic()
-        while block or not self._inbox.empty():
-            self._inbox.get()()
-            block = False
+    def _recover(self) -> None:
+        self._pending = None
+        self.runner.reset()
+        self.outbox.deliver(self.scheduler.fail_all(INTERNAL_ERROR))
+
+    def _abort_all(self) -> None:
+        for request_id in self.outbox.ids():
+            self.outbox.deliver(self.scheduler.abort(request_id))
+
+    def _fail_all(self) -> None:
+        self.outbox.fail_all(INTERNAL_ERROR)
 
     # -- requests in, deltas out ----------------------------------------------------------------
 
