@@ -29,6 +29,7 @@ class Chip:
     scratch_bytes: int  # VMEM of a core, or the shared memory that one block may ask for
     cores: int = 1  # streaming multiprocessors of a GPU
     capability: tuple[int, int] | None = None  # CUDA compute capability
+    loops_copy: bool = False  # its compiler gives a loop a copy of every array that it only reads: all weights
 
     def has(self, dtype: str) -> bool:
         """Whether products of two int8 or float8 operands run in hardware, faster than bfloat16."""
@@ -41,7 +42,7 @@ CHIPS = {
     "v5e": Chip("tpu", 16 * _GIB, 0.82e12, 197e12, 394e12, None, 128 * _MIB),
     "v5p": Chip("tpu", 95 * _GIB, 2.46e12, 459e12, 918e12, None, 64 * _MIB),
     "v6e": Chip("tpu", 32 * _GIB, 1.64e12, 920e12, 1840e12, 920e12, 128 * _MIB),
-    "tpu7x": Chip("tpu", 96 * _GIB, 3.70e12, 1155e12, None, 2300e12, 64 * _MIB),
+    "tpu7x": Chip("tpu", 96 * _GIB, 3.70e12, 1155e12, None, 2300e12, 64 * _MIB, loops_copy=True),
     "h100": Chip("gpu", 80 * _GIB, 3.35e12, 989e12, 1979e12, 1979e12, 232448, cores=132, capability=(9, 0)),
     "h200": Chip("gpu", 141 * _GIB, 4.80e12, 989e12, 1979e12, 1979e12, 232448, cores=132, capability=(9, 0)),
 }
@@ -63,6 +64,10 @@ class Target:
     @property
     def facts(self) -> Chip | None:
         return CHIPS.get(self.chip)
+
+    @property
+    def loops_copy(self) -> bool:
+        return self.facts is not None and self.facts.loops_copy
 
     def asked(self, op: str) -> str | None:
         return dict(self.implementations).get(op)
