@@ -1,4 +1,4 @@
-"""How the tokens of a step see the paged KV cache: where theirs is written, and what each attends to.
+"""How the tokens of a step see what was kept: where theirs is written, and what each attends to.
 
 One pure function for every layer; `CacheView` is what the layers share.
 """
@@ -15,14 +15,27 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import Latent, LayerSpec, ModelConfig
-from engine.model.mixers import AttentionInput
+from engine.model.mixers import AttentionInput, RecurrentInput
 from engine.pages import TRASH_PAGE
+from engine.recur import LayerStates, StatesView, recur
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.latent_attention import expanded_prefill
 from pallas_kernels.paged_attention import decode_attention, prefill_attention
 from pallas_kernels.products import product
+from pallas_kernels.states import DecodeStates, PrefillStates
 from pallas_kernels.target import Target
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeRows:
+    """Running sequences with one token each; inactive rows leave no trace."""
+
+    slot: Array  # int32 [rows]
+    position: Array  # int32 [rows], of the token
+    active: Array  # bool [rows]
+    block_tables: Array  # int32 [rows, pages_per_seq]
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +47,7 @@ class PrefillRows:
     q_len: Array  # int32 [rows]
     position: Array  # int32 [rows], of the first token
     block_tables: Array  # int32 [rows, pages_per_seq]
+    states: PrefillStates | None = None  # of a model with recurrent layers
 
     def positions(self, num_tokens: int) -> tuple[Array, Array]:
         """(row, position) of each flat token; tokens of no row get row -1."""
@@ -54,40 +68,52 @@ class CacheView:
     decode_tables: Array  # int32 [decode rows, pages_per_seq]
     decode_lens: Array  # int32 [decode rows], keys that the row sees; 0 when idle
     prefill: PrefillRows | None
+    states: StatesView
 
 
 def cache_view(
-    decode_position: Array,
-    decode_active: Array,
-    decode_tables: Array,
-    prefill: PrefillRows | None,
-    num_tokens: int,
-    page_size: int,
+    decode: DecodeRows, prefill: PrefillRows | None, num_tokens: int, page_size: int
 ) -> tuple[CacheView, Array]:
     """The view of a step's tokens (decode rows, then prefill tokens), and their positions, int32 [tokens]."""
-    positions = decode_position
-    page = jnp.take_along_axis(decode_tables, (decode_position // page_size)[:, None], axis=1)[:, 0]
-    page_ids = jnp.where(decode_active, page, TRASH_PAGE)
+    positions = decode.position
+    page = jnp.take_along_axis(decode.block_tables, (positions // page_size)[:, None], axis=1)[:, 0]
+    page_ids = jnp.where(decode.active, page, TRASH_PAGE)
     if prefill is not None:
-        row, prefill_position = prefill.positions(num_tokens - decode_position.shape[0])
+        row, prefill_position = prefill.positions(num_tokens - positions.shape[0])
         page = prefill.block_tables[row, prefill_position // page_size]
         page_ids = jnp.concatenate([page_ids, jnp.where(row >= 0, page, TRASH_PAGE)])
         positions = jnp.concatenate([positions, prefill_position])
-    lens = jnp.where(decode_active, decode_position + 1, 0)
-    return CacheView(page_ids, positions % page_size, decode_tables, lens, prefill), positions
+    lens = jnp.where(decode.active, decode.position + 1, 0)
+    states = StatesView(DecodeStates(decode.slot, decode.active), prefill.states if prefill is not None else None)
+    return CacheView(page_ids, positions % page_size, decode.block_tables, lens, prefill, states), positions
 
 
 @dataclass(frozen=True)
-class PagedAttention:
-    """The decoder's `Attend` over pages of one layout, for one chip."""
+class Memory:
+    """The decoder's `Attend` over pages of one layout and recurrent states, for one chip."""
 
     layout: KVLayout
     target: Target
 
     def __call__(
+        self,
+        config: ModelConfig,
+        layer: LayerSpec,
+        view: CacheView,
+        cache: Array | LayerStates,
+        brought: AttentionInput | RecurrentInput,
+    ) -> tuple[Array, Array | LayerStates]:
+        """(values, what the layer keeps). See `engine.model.mixers.Attend`."""
+        if isinstance(brought, RecurrentInput) and isinstance(cache, LayerStates):
+            return recur(view.states, cache, brought, self.target)
+        if isinstance(brought, AttentionInput) and isinstance(cache, Array):
+            return self._attend(config, layer, view, cache, brought)
+        raise TypeError(f"a {layer.mixer} layer brings {type(brought).__name__} to {type(cache).__name__}")
+
+    def _attend(
         self, config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, brought: AttentionInput
     ) -> tuple[Array, Array]:
-        """Write k and v, then attend: (values, the layer's pages). See `engine.model.mixers.Attend`."""
+        """Write k and v, then attend: (values, the layer's pages)."""
         on: dict[str, Any] = {"layout": self.layout, "target": self.target}
         kv_pages = write_kv(kv_pages, brought.k, brought.v, view.page_ids, view.offsets, **on)
         num_decode, prefill = view.decode_lens.shape[0], view.prefill

@@ -110,6 +110,12 @@ def step_layout(config: EngineConfig, key: StepKey) -> Layout:
         *(Field(name, (rows,), "int32") for name in SAMPLING_INTS),
         Field("stop_ids", (rows, MAX_STOP_IDS), "int32", -1),
     ]
+    if config.state_checkpoints is not None:
+        prefill += [
+            Field("state_source", (rows,), "int32", -1),
+            Field("checkpoint", (rows,), "int32", -1),
+            Field("checkpoint_at", (rows,), "int32"),
+        ]
     return Layout(tuple(decode + prefill))
 
 
@@ -159,6 +165,10 @@ def _fill_prefill(fields: Mapping[str, np.ndarray], i: int, row: PrefillRow, sta
         fields[name][i] = value
     ids = tuple(sorted(seq.stop_ids))
     fields["stop_ids"][i, : len(ids)] = ids
+    if row.state is not None:
+        fields["state_source"][i] = row.state.source
+        fields["checkpoint"][i] = row.state.copy_to
+        fields["checkpoint_at"][i] = row.state.copy_at
 
 
 def sampling_row(seq: Sequence) -> dict[str, float]:

@@ -39,6 +39,7 @@ class EngineOptions:
     page_size: int | None = option(None, "tokens in a page of the KV cache")
     kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes")
     enable_prefix_caching: bool = option(True, "reuse KV pages of equal prompt prefixes")
+    state_checkpoints: int | None = option(None, "recurrent states kept beside the pages for prefix reuse")
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"] = option(
         "auto", "of the KV cache; auto is the dtype of the weights, fp8 is fp8_e4m3"
     )
@@ -65,6 +66,9 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidParam(name, f"must be a positive integer, got {value!r}")
+        count = self.state_checkpoints
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+            raise InvalidParam("state_checkpoints", f"must be an integer of 0 or more, got {count!r}")
         for name in ("dtype", "kv_cache_dtype", "quantization"):
             known = get_args(get_type_hints(EngineOptions)[name])
             if getattr(self, name) not in known:
@@ -94,10 +98,21 @@ class EngineConfig:
     max_queued_requests: int
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
+    state_checkpoints: int | None = None  # recurrent states kept for prefix reuse; None: no layer has a state
 
     @property
     def max_pages_per_seq(self) -> int:
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def num_states(self) -> int:
+        """Rows of a recurrent layer's pool: one a slot, the idle slot's, and the checkpoints."""
+        return 0 if self.state_checkpoints is None else self.max_num_seqs + 1 + self.state_checkpoints
+
+    @property
+    def checkpoint_rows(self) -> range | None:
+        """The rows of the pool that are checkpoints; None: no layer has a state."""
+        return None if self.state_checkpoints is None else range(self.max_num_seqs + 1, self.num_states)
 
     def summary(self) -> str:
         """Every field, on one line."""

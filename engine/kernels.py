@@ -24,6 +24,8 @@ from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_attention.api import AttentionSpec
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import api as quantized_matmul
+from pallas_kernels.short_conv import api as short_conv
+from pallas_kernels.ssd import api as ssd
 
 
 def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
@@ -40,10 +42,13 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
 def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     layout, matmuls = compute_of(model, config).kv, _matmuls(model, config)
     for key in lattice(config):
-        for spec in dict.fromkeys(model.layers):
-            yield from _attention_choices(model, config, layout, spec, key)
         tokens = key.tokens + key.rows
-        yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, layout), config.target)
+        for spec in dict.fromkeys(model.layers):
+            if spec.recurrent:
+                yield from _recurrent_choices(model, config, key)
+                continue
+            yield from _attention_choices(model, config, layout, spec, key)
+            yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, layout), config.target)
         for rows, weight in matmuls:
             x = jax.ShapeDtypeStruct((tokens * rows, weight.shape[-2]), jnp.dtype(config.dtype))
             if len(weight.shape) == 3:
@@ -63,6 +68,18 @@ def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
         elif isinstance(weight, Quantized):
             found.append((1, weight))
     return found
+
+
+def _recurrent_choices(model: ModelConfig, config: EngineConfig, key: StepKey) -> Iterator[Choice]:
+    """Of the ops of a recurrent layer in one program."""
+    sizes = model.recurrence
+    if sizes is None:
+        raise ValueError(f"{model.family} has no recurrent layers")
+    rows = (key.rows, key.tokens)
+    conv = short_conv.ConvSpec(*rows, sizes.conv_channels, sizes.conv_width, config.dtype)
+    yield short_conv.choice(conv, config.target)
+    heads = (sizes.num_heads, sizes.head_dim, sizes.state_dim, sizes.groups)
+    yield ssd.choice(ssd.SSDSpec(*rows, *heads, config.dtype), config.target)
 
 
 def _attention_choices(

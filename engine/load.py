@@ -35,7 +35,7 @@ from engine.model.params import param_specs
 from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
-from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, step_program
+from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, state_bytes, step_program
 from engine.registry import resolve_model
 from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
 from engine.runner import Runner
@@ -141,7 +141,7 @@ def size_pool(
     Where memory binds, the largest programs are compiled with the smallest pool to learn
     their temporary memory: the pool is donated, so its size does not change theirs.
     """
-    used = _bytes(param_shapes(model, config)) + _bytes(slots_of(model, config))
+    used = _held_bytes(model, config)
 
     def sized(temporary: int) -> EngineConfig:
         return with_pages(config, options.kv_cache_memory_bytes, page_bytes(model, config), used + temporary, device)
@@ -160,11 +160,11 @@ def _check_fits(
 ) -> None:
     """The compiler's own account of the hungriest program against the device."""
     pool = config.num_pages * page_bytes(model, config)
-    used = _bytes(param_shapes(model, config)) + _bytes(slots_of(model, config)) + pool
+    used = _held_bytes(model, config) + pool
     hungriest = max(executables.values(), key=_extra_bytes)
     if used + _extra_bytes(hungriest) > device.memory_bytes:
         raise CapacityError(
-            f"weights, slots and a KV pool of {pool:,} bytes take {used:,}, program {hungriest.name} "
+            f"weights, slots, states and a KV pool of {pool:,} bytes take {used:,}, program {hungriest.name} "
             f"{_extra_bytes(hungriest):,} more; the device has {device.memory_bytes:,}"
         )
 
@@ -172,6 +172,11 @@ def _check_fits(
 def _extra_bytes(executable: Executable) -> int:
     memory = executable.memory()
     return memory.temporary + memory.code + memory.outputs - memory.aliased
+
+
+def _held_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Weights, slots and recurrent states."""
+    return _bytes(param_shapes(model, config)) + _bytes(slots_of(model, config)) + state_bytes(model, config)
 
 
 def _bytes(shapes: object) -> int:

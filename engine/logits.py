@@ -57,4 +57,6 @@ class TokenLogits:
         fields["tokens"][: len(part)] = part
         fields["q_len"][0], fields["position"][0] = len(part), start
         fields["block_table"][0, : len(pages)] = pages
+        if "state_source" in fields and start:
+            fields["state_source"][0] = fields["slot"][0]  # the idle slot's, which the chunk before it left
         return self.runner.token_logits(self.executable, vector)[: len(part)]

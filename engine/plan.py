@@ -14,6 +14,15 @@ from engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
+class StateMove:
+    """Where a chunk's recurrent state comes from, and the copy that is kept of it: rows of the state pool."""
+
+    source: int  # -1: zeros
+    copy_to: int = -1  # -1: no copy
+    copy_at: int = 0  # tokens of the chunk after which the copy is taken
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillRow:
     """A chunk of known tokens: positions [start, start + count) of `seq`."""
 
@@ -22,6 +31,7 @@ class PrefillRow:
     count: int
     samples: bool  # the chunk ends the known tokens, so the next token is drawn
     wants_prompt_logprobs: bool
+    state: StateMove | None = None  # of a model with recurrent layers
 
 
 @dataclass(frozen=True, slots=True)

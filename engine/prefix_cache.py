@@ -2,6 +2,7 @@
 
 A child is found by (parent node, its tokens) in a dict, so equality of the tokens decides,
 never a hash alone. Each salt has a root of its own: tenants cannot see each other's pages.
+A model with recurrent layers continues only where their state was kept, at the end of a page.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engine.checkpoints import Checkpoints
 from engine.pages import PagePool
 
 
@@ -21,36 +23,43 @@ class Node:
     page: int
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
     alive: bool = True  # False once evicted: such a node takes no new children
+    state: int | None = None  # row of the state pool that holds the state after the page
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Longest known prefix: its pages, and the node that the next page extends."""
+    """Longest known prefix to continue: its pages, and the node that the next page extends."""
 
     pages: tuple[int, ...]
     node: Node
+    num_known: int = 0  # pages whose content is known, those without a state behind them included
 
 
 class PrefixCache:
     """Owns the pool's knowledge of page contents. Matching changes nothing."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, state_rows: Sequence[int] | None = None) -> None:
+        """state_rows: rows of the state pool that may keep copies; None: the model has no recurrent layers."""
         self.pool = PagePool(num_pages, on_evict=self._evict)
         self.page_size = page_size
+        self.checkpoints = Checkpoints(state_rows or (), on_evict=self._lose_state)
+        self._has_states = state_rows is not None
         self._roots: dict[str, Node] = {}
         self._nodes: dict[int, Node] = {}  # page -> node
+        self._states: dict[int, Node] = {}  # row -> node
 
     def match(self, salt: str, tokens: Sequence[int], max_tokens: int) -> Match:
         """Pages that hold the first tokens, at most `max_tokens` of them. Acquires nothing."""
-        node = self._roots.get(salt) or self._new_root(salt)
-        pages: list[int] = []
+        path = [self._roots.get(salt) or self._new_root(salt)]
         for start in range(0, max_tokens - self.page_size + 1, self.page_size):
-            child = node.children.get(tuple(tokens[start : start + self.page_size]))
+            child = path[-1].children.get(tuple(tokens[start : start + self.page_size]))
             if child is None:
                 break
-            pages.append(child.page)
-            node = child
-        return Match(tuple(pages), node)
+            path.append(child)
+        num_known = end = len(path) - 1
+        while self._has_states and end and path[end].state is None:
+            end -= 1
+        return Match(tuple(node.page for node in path[1 : end + 1]), path[end], num_known)
 
     def insert(self, parent: Node, tokens: tuple[int, ...], page: int) -> Node:
         """Make a full, held page findable under `parent`; returns the node for its content.
@@ -70,8 +79,26 @@ class PrefixCache:
             self.pool.cache(page)
         return node
 
-    def forget(self, pages: Iterable[int]) -> None:
-        """Their content is not to be trusted: nobody finds these pages, or what extends them, again."""
+    def keep_state(self, node: Node) -> int | None:
+        """The row that shall hold the state after `node`; None where one does already, or none is to be had."""
+        if not node.alive or node.parent is None:
+            return None
+        if node.state is not None:
+            self.checkpoints.use(node.state)
+            return None
+        row = self.checkpoints.take()
+        if row is not None:
+            node.state, self._states[row] = row, node
+        return row
+
+    def forget(self, pages: Iterable[int], node: Node | None = None) -> None:
+        """Their content is not to be trusted: nobody finds these pages, or what extends them, again.
+
+        Nor states that were kept on the way to `node`, whose pages may be another's.
+        """
+        while node is not None:
+            self._drop_state(node)
+            node = node.parent
         for page in pages:
             if page in self._nodes:
                 self._evict(page)
@@ -80,6 +107,7 @@ class PrefixCache:
         """Forget everything, as after a failed device step."""
         for page, node in self._nodes.items():
             node.alive = False
+            self._drop_state(node)
             self.pool.uncache(page)
         self._nodes.clear()
         self._roots.clear()
@@ -87,6 +115,10 @@ class PrefixCache:
     def check(self, held: Sequence[int]) -> None:
         """The pool's conservation, and that every known page hangs on a live chain to a root."""
         self.pool.check(held, self._nodes)
+        self.checkpoints.check(self._states)
+        for row, node in self._states.items():
+            if node.state != row or self._nodes.get(node.page) is not node:
+                raise RuntimeError(f"state {row} is kept but cannot be found from its page {node.page}")
         for page, node in self._nodes.items():
             parent = node.parent
             if not node.alive or node.page != page or parent is None or parent.children.get(node.tokens) is not node:
@@ -96,6 +128,15 @@ class PrefixCache:
         if len(self._roots) > 2 * self.pool.num_pages:  # salts come from clients: keep only live ones
             self._roots = {key: root for key, root in self._roots.items() if root.children}
         return self._roots.setdefault(salt, Node(None, (), -1))
+
+    def _lose_state(self, row: int) -> None:
+        self._states.pop(row).state = None
+
+    def _drop_state(self, node: Node) -> None:
+        if node.state is not None:
+            row = node.state
+            self._lose_state(row)
+            self.checkpoints.release(row)
 
     def _evict(self, page: int) -> None:
         node = self._nodes[page]
@@ -108,6 +149,7 @@ class PrefixCache:
         for node in list(_walk(top)):
             node.alive = False
             node.children.clear()
+            self._drop_state(node)
             if node.page >= 0:
                 del self._nodes[node.page]
                 self.pool.uncache(node.page)

@@ -15,6 +15,7 @@ from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
 from engine.model.quantization import packed_shape, packing_of
+from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
 from engine.steps import Compute
 from pallas_kernels.kv_layout import kv_layout
@@ -38,19 +39,26 @@ def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:
         layout = kv_layout(model.num_kv_heads, model.head_dim, dtype, platform)
     else:
         layout = kv_layout(1, model.latent.row_dim, dtype, platform, value_dim=model.latent.kv_rank)
-    return Compute(model, layout, config.target)
+    return Compute(model, layout, config.page_size, config.target)
 
 
-def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes, ...]:
-    """Abstract KV cache: per layer [pages, page_size, layout.width]."""
+def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerStates, ...]:
+    """What each layer keeps, abstract: pages [pages, page_size, layout.width], or recurrent states."""
     layout = compute_of(model, config).kv
-    shape = (config.num_pages, config.page_size, layout.width)
-    return (Shapes(shape, jnp.dtype(layout.dtype)),) * model.num_layers
+    pages = Shapes((config.num_pages, config.page_size, layout.width), jnp.dtype(layout.dtype))
+    states = None if model.recurrence is None else states_shape(model, config.num_states, config.dtype)
+    return tuple(states if layer.recurrent and states else pages for layer in model.layers)
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Bytes of one page in all layers."""
-    return config.page_size * compute_of(model, config).kv.token_bytes * model.num_layers
+    """Bytes of one page in all layers; 0 where no layer attends."""
+    num_paged = model.num_layers - model.num_recurrent_layers
+    return config.page_size * compute_of(model, config).kv.token_bytes * num_paged
+
+
+def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of all recurrent states in all layers."""
+    return config.num_states * model.state_bytes(jnp.dtype(config.dtype).itemsize)
 
 
 def serving_programs(model: ModelConfig, config: EngineConfig) -> list[Program]:

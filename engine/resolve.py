@@ -18,13 +18,15 @@ GIB = 1 << 30
 CPU_KV_BYTES = 1 * GIB  # enough for dozens of chats with a small model; the rest stays the user's
 CPU_MEMORY_FRACTION = 0.8  # of what the machine has
 DEVICE_MEMORY_FRACTION = 0.92  # of what the runtime reports; the rest is for its own buffers
-
+STATES_FRACTION = 0.25  # of what may be used, for recurrent states, where their number is not asked for
 
 OPS = (
     "decode_attention",
     "prefill_attention",
     "expanded_prefill",
     "kv_write",
+    "short_conv",
+    "ssd",
     "quantized_matmul",
     "grouped_matmul",
 )
@@ -78,9 +80,10 @@ def resolve(
     if max_model_len > model.max_position:
         raise InvalidParam("max_model_len", f"{max_model_len} is more than the model's {model.max_position} positions")
     dtype = _dtype(options.dtype, native_dtype, device)
-    seqs = options.max_num_seqs or defaults.max_num_seqs
+    seqs, checkpoints = _states(options, model, dtype, device)
     tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
     asked = options.quantization
+    target = Target(device.platform, device.chip, _implementations(options.kernel))
     return EngineConfig(
         dtype=dtype,
         max_model_len=max_model_len,
@@ -90,10 +93,11 @@ def resolve(
         kv_cache_dtype=_KV_DTYPES.get(options.kv_cache_dtype, dtype),
         quantization=None if asked in ("auto", "stored", "none") else asked,
         stored=stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else (),
-        target=Target(device.platform, device.chip, _implementations(options.kernel)),
+        state_checkpoints=checkpoints,
+        target=target,
         page_size=options.page_size or defaults.page_size,
         num_pages=2,
-        decode_steps=options.decode_steps or defaults.decode_steps,
+        decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),
         token_buckets=_ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
         prefill_decode_buckets=(0, seqs),
         decode_buckets=_ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
@@ -102,6 +106,22 @@ def resolve(
         max_queued_requests=options.max_queued_requests,
         seed=options.seed,
     )
+
+
+def _states(options: EngineOptions, model: ModelConfig, dtype: str, device: DeviceFacts) -> tuple[int, int | None]:
+    """Sequences at once, and the states kept beside theirs for prefix reuse (None: the model has no states)."""
+    seqs = options.max_num_seqs or DEFAULTS[device.platform].max_num_seqs
+    if model.recurrence is None:
+        if options.state_checkpoints is not None:
+            raise InvalidParam("state_checkpoints", "the model has no recurrent layers")
+        return seqs, None
+    fit = int(usable_bytes(device) * STATES_FRACTION) // model.state_bytes(4 if dtype == "float32" else 2)
+    if options.max_num_seqs is None:
+        seqs = max(1, min(seqs, fit // 2))
+    if not options.enable_prefix_caching:
+        return seqs, 0
+    asked = options.state_checkpoints
+    return seqs, max(0, min(2 * seqs, fit - seqs - 1)) if asked is None else asked
 
 
 def usable_bytes(device: DeviceFacts) -> int:
@@ -114,9 +134,12 @@ def with_pages(
 ) -> EngineConfig:
     """`config` with as many pages as fit beside `used_bytes` (weights, slots, temporaries) and are of use.
 
-    wanted_bytes: what the user asked for, or None. Raises CapacityError with the sizes.
+    wanted_bytes: what the user asked for, or None. page_bytes 0: no layer attends, and pages are only counted.
+    Raises CapacityError with the sizes.
     """
     budget = usable_bytes(device) - used_bytes
+    if page_bytes == 0:
+        return _countless(config, wanted_bytes, budget, device)
     useful = config.max_num_seqs * config.max_pages_per_seq * page_bytes
     default = (
         min(useful, max(CPU_KV_BYTES, page_bytes * config.max_pages_per_seq)) if device.platform == "cpu" else useful
@@ -134,6 +157,18 @@ def with_pages(
             f"{max(target, 0):,} are left of {device.memory_bytes:,}"
         )
     return replace(config, num_pages=pages + 1)
+
+
+def _countless(config: EngineConfig, wanted_bytes: int | None, budget: int, device: DeviceFacts) -> EngineConfig:
+    """Pages for every sequence at its longest: they take no memory."""
+    if wanted_bytes is not None:
+        raise InvalidParam("kv_cache_memory_bytes", "no layer of the model keeps keys and values")
+    if budget < 0:
+        raise CapacityError(
+            f"weights, {config.num_states} recurrent states and programs take {-budget:,} bytes more than the "
+            f"{usable_bytes(device):,} that may be used of {device.memory_bytes:,}; lower max_num_seqs"
+        )
+    return replace(config, num_pages=config.max_num_seqs * config.max_pages_per_seq + 1)
 
 
 def _implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

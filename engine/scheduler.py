@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
-from engine.plan import DecodeRow, PrefillRow, RowResult, StepPlan, StepResult
+from engine.plan import DecodeRow, PrefillRow, RowResult, StateMove, StepPlan, StepResult
 from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
 from engine.request import FinishReason, Request, TokenEvent
 from engine.sequence import Sequence, State
@@ -29,7 +29,7 @@ class Scheduler:
         self.config = config
         self.counters = counters
         cache = PrefixCache if config.enable_prefix_caching else NoPrefixCache
-        self.cache = cache(config.num_pages, config.page_size)
+        self.cache = cache(config.num_pages, config.page_size, config.checkpoint_rows)
         self.waiting: list[Sequence] = []  # by order
         self.running: list[Sequence] = []  # by order
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -106,6 +106,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can run until results are committed or requests come."""
+        self.cache.checkpoints.begin_step()
         # Decode rows take their pages first: they are older than whatever is admitted here.
         mixed = any(seq.prefilling for seq in self.running) or self._admissible() is not None
         decode_rows = self._plan_decode(1 if mixed else self.config.decode_steps)
@@ -167,11 +168,27 @@ class Scheduler:
 
     def _prefill_row(self, seq: Sequence, budget: int) -> PrefillRow:
         start, count = seq.computed, min(budget, seq.prefill_len - seq.computed)
+        if start < seq.branch:
+            count = min(count, seq.branch - start)
         seq.computed += count
         samples = not seq.prefilling and seq.max_total_len > seq.prompt_len
         seq.pending += samples
         self._register(seq, seq.computed)
-        return PrefillRow(seq, start, count, samples, seq.wants_prompt_logprobs)
+        return PrefillRow(seq, start, count, samples, seq.wants_prompt_logprobs, self._state_move(seq, start))
+
+    def _state_move(self, seq: Sequence, start: int) -> StateMove | None:
+        """Where the chunk's state comes from; a copy is kept of what it is at the chunk's last page border.
+
+        Of those before the last token, that is: an equal prompt computes at least that one.
+        """
+        if self.config.checkpoint_rows is None:
+            return None
+        source, seq.state_row = seq.state_row, seq.slot
+        node, border = seq.node, seq.num_registered * self.config.page_size
+        if node is not None and border == seq.prefill_len:
+            node, border = node.parent, border - self.config.page_size
+        row = self.cache.keep_state(node) if node is not None and border > start else None
+        return StateMove(source) if row is None else StateMove(source, row, border - start)
 
     def _admissible(self) -> Match | None:
         """What the first in the queue can reuse, if it can be admitted now. Nobody overtakes it."""
@@ -183,6 +200,8 @@ class Scheduler:
             return None
         reusable = 0 if seq.wants_prompt_logprobs else len(seq.token_ids) - 1
         match = self.cache.match(seq.request.cache_salt, seq.token_ids, reusable)
+        if match.node.state is not None and not self.cache.checkpoints.is_written(match.node.state):
+            return None  # the step being planned leaves the state that seq starts from
         missing = -(-len(seq.token_ids) // self.config.page_size) - len(match.pages)
         reserve = len(self.running)  # a page for each running sequence's next token
         if missing + self.cache.pool.num_idle(match.pages) + reserve > self.cache.pool.num_available:
@@ -200,6 +219,12 @@ class Scheduler:
         seq.num_sent_pages = len(seq.pages)
         seq.node, seq.num_registered = match.node, len(match.pages)
         seq.computed = len(match.pages) * self.config.page_size
+        seq.state_row, seq.branch = -1, 0
+        if match.node.state is not None:
+            seq.state_row = match.node.state
+            self.cache.checkpoints.use(seq.state_row)
+        if self.config.state_checkpoints:
+            seq.branch = match.num_known * self.config.page_size
         seq.prefill_len = len(seq.token_ids)
         seq.slot = self._free_slots.pop()
         seq.state = State.RUNNING
@@ -253,7 +278,7 @@ class Scheduler:
         if seq.state is State.FINISHED:  # ended while this step was in flight
             return None
         if drawn.faulty:
-            self.cache.forget(seq.pages)
+            self.cache.forget(seq.pages, seq.node)
             self.finish(seq)
             return TokenEvent(
                 request_id=seq.request.request_id,

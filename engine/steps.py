@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine import sampler
-from engine.attend import PagedAttention, PrefillRows, cache_view
+from engine.attend import DecodeRows, Memory, PrefillRows, cache_view
 from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.model import decoder
 from engine.model.config import ModelConfig
 from engine.model.layers import Params
+from engine.recur import LayerStates
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
 from engine.slots import Sampling, Slots, add_pages
 from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.states import PrefillStates
 from pallas_kernels.target import Target
 
-KV = tuple[Array, ...]  # per layer [pages, page_size, layout.width], see `pallas_kernels.kv_layout`
+# What each layer keeps: pages [pages, page_size, layout.width], see `pallas_kernels.kv_layout`, or states.
+KV = tuple[Array | LayerStates, ...]
 PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
 
 
@@ -34,6 +37,7 @@ class Compute:
 
     model: ModelConfig
     kv: KVLayout
+    page_size: int
     target: Target
 
 
@@ -77,7 +81,8 @@ def decode_step(
     def turn(state: tuple[Array, KV, Slots, StepOutput]) -> tuple[Array, KV, Slots, StepOutput]:
         i, kv, slots, out = state
         drawing, position = is_drawing(i, slots), slots.position[slot]
-        kv, hidden = forward(compute, params, kv, slots.last_token[slot], position, drawing, tables, None)
+        rows = DecodeRows(slot, position, drawing, tables)
+        kv, hidden = forward(compute, params, kv, slots.last_token[slot], rows, None)
         drawn = sampler.draw(decoder.logits(compute.model, params, hidden), slots, slot, sampling, position + 1)
         out = record(out, i, drawn, drawing)
         return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
@@ -85,7 +90,9 @@ def decode_step(
     def more(state: tuple[Array, KV, Slots, StepOutput]) -> Array:
         return jnp.any(is_drawing(state[0], state[2]))
 
-    _, kv, slots, out = jax.lax.while_loop(more, turn, (jnp.int32(0), kv, slots, out))
+    state = (jnp.int32(0), kv, slots, out)
+    # One step needs no loop: see Chip.loops_copy.
+    _, kv, slots, out = turn(state) if max_steps == 1 else jax.lax.while_loop(more, turn, state)
     return kv, slots, out
 
 
@@ -97,17 +104,9 @@ def prefill_step(
     slots = add_pages(slots, batch["decode_slot"], batch["first_new_page"], batch["new_pages"])
     slots = enter_rows(slots, batch)
     riders = batch["decode_slot"]
-    prefill = PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
-    kv, hidden = forward(
-        compute,
-        params,
-        kv,
-        jnp.concatenate([slots.last_token[riders], batch["tokens"]]),
-        slots.position[riders],
-        slots.active[riders],
-        slots.block_tables[riders],
-        prefill,
-    )
+    decode = DecodeRows(riders, slots.position[riders], slots.active[riders], slots.block_tables[riders])
+    tokens = jnp.concatenate([slots.last_token[riders], batch["tokens"]])
+    kv, hidden = forward(compute, params, kv, tokens, decode, prefill_rows(batch))
     num_riders = riders.shape[0]
     last = num_riders + batch["q_start"] + jnp.maximum(batch["q_len"], 1) - 1
     slot = jnp.concatenate([riders, batch["slot"]])
@@ -133,9 +132,9 @@ def token_logits(
 ) -> tuple[KV, Slots, Array]:
     """Like `prefill_step` without decode rows or drawing: float32 logits [tokens, vocab] of every token."""
     batch = unpack(layout, vector)
-    prefill = PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"])
     none = jnp.zeros((0,), jnp.int32)
-    kv, hidden = forward(compute, params, kv, batch["tokens"], none, none != 0, slots.block_tables[:0], prefill)
+    nobody = DecodeRows(none, none, none != 0, slots.block_tables[:0])
+    kv, hidden = forward(compute, params, kv, batch["tokens"], nobody, prefill_rows(batch))
     return kv, slots, decoder.logits(compute.model, params, hidden)
 
 
@@ -164,18 +163,23 @@ def forward(
     params: Params,
     kv: KV,
     tokens: Array,
-    decode_position: Array,
-    decode_active: Array,
-    decode_tables: Array,
+    decode: DecodeRows,
     prefill: PrefillRows | None,
 ) -> tuple[KV, Array]:
     """Hidden states [tokens, embed] of decode rows then prefill tokens; their KV is written first."""
-    view, positions = cache_view(
-        decode_position, decode_active, decode_tables, prefill, tokens.shape[0], page_size=kv[0].shape[1]
-    )
-    attend = PagedAttention(compute.kv, compute.target)
+    view, positions = cache_view(decode, prefill, tokens.shape[0], compute.page_size)
+    attend = Memory(compute.kv, compute.target)
     hidden, kv = decoder.hidden_states(compute.model, params, tokens, positions, kv, view, attend, compute.target)
     return kv, hidden
+
+
+def prefill_rows(batch: dict[str, Array]) -> PrefillRows:
+    """The chunks of prompts of a step, and where their states come from and go."""
+    states = None
+    if "state_source" in batch:
+        rows = (batch["q_start"], batch["q_len"], batch["state_source"], batch["slot"])
+        states = PrefillStates(*rows, copy_to=batch["checkpoint"], copy_at=batch["checkpoint_at"])
+    return PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"], states)
 
 
 def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
@@ -239,13 +243,20 @@ def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array) -> StepOu
 def prompt_logprobs(compute: Compute, params: Params, hidden: Array, next_tokens: Array) -> tuple[Array, Array, Array]:
     """Logprob of each prefill token's successor and the best alternatives, a few positions at a time."""
     num_tokens = hidden.shape[0]
-    size = min(PROMPT_LOGPROB_TOKENS, num_tokens)
+    unrolled = compute.target.loops_copy
+    size = min(8 * PROMPT_LOGPROB_TOKENS if unrolled else PROMPT_LOGPROB_TOKENS, num_tokens)
     blocks = -(-num_tokens // size)
     pad = blocks * size - num_tokens
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, size, -1)
     next_tokens = jnp.pad(next_tokens, (0, pad)).reshape(blocks, size)
-    found = jax.lax.map(
-        lambda b: sampler.logprobs_of(decoder.logits(compute.model, params, b[0]), b[1]), (hidden, next_tokens)
-    )
+
+    def of_block(block: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        return sampler.logprobs_of(decoder.logits(compute.model, params, block[0]), block[1])
+
+    if unrolled:
+        cut = [of_block((hidden[i], next_tokens[i])) for i in range(blocks)]
+        found = tuple(jnp.stack(parts) for parts in zip(*cut, strict=True))
+    else:
+        found = jax.lax.map(of_block, (hidden, next_tokens))
     logprob, ids, top = (a.reshape(blocks * size, *a.shape[2:])[:num_tokens] for a in found)
     return logprob, ids, top

@@ -1,4 +1,4 @@
-"""The plainest forward there is: dense attention over the whole sequence, no cache, no batching.
+"""The plainest forward there is: dense attention over the whole sequence, recurrences token by token, no batching.
 
 What the engine's tokens and logits are compared with. Shares only the decoder with the engine.
 """
@@ -16,8 +16,9 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
-from engine.model.mixers import AttentionInput
+from engine.model.mixers import AttentionInput, RecurrentInput
 from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
+from pallas_kernels.ssd.api import SSDInput
 from pallas_kernels.target import CPU
 
 
@@ -55,9 +56,11 @@ class DenseAttention:
     kv: KVLayout | None
 
     def __call__(
-        self, config: ModelConfig, layer: LayerSpec, view: None, cache: None, brought: AttentionInput
+        self, config: ModelConfig, layer: LayerSpec, view: None, cache: None, brought: AttentionInput | RecurrentInput
     ) -> tuple[Array, None]:
         """Values [tokens, q_heads, head_dim], or value_dim of latent attention, whose keys are expanded here."""
+        if isinstance(brought, RecurrentInput):
+            return _recur(brought), None
         k, v = brought.k, brought.v
         if self.kv is not None:
             rows = unpack_rows(pack_rows(k, v, self.kv), self.kv)
@@ -65,6 +68,30 @@ class DenseAttention:
         if v is None:
             k, v = _expanded(config, brought, k[:, 0])
         return _attend(config, layer, brought.q, k, v, brought.sinks), None
+
+
+def _recur(brought: RecurrentInput) -> Array:
+    """The convolution over all tokens, then one token after the other through the recurrence, from zeros."""
+    x, width = brought.mixed.astype(jnp.float32), brought.weight.shape[0]
+    padded = jnp.pad(x, ((width - 1, 0), (0, 0)))
+    convolved = sum(padded[i : i + len(x)] * brought.weight[i][None].astype(jnp.float32) for i in range(width))
+    if brought.bias is not None:
+        convolved = convolved + brought.bias[None].astype(jnp.float32)
+    return _state_space(brought.inputs(jnp.asarray(convolved, brought.mixed.dtype)))
+
+
+def _state_space(inputs: SSDInput) -> Array:
+    heads, groups = inputs.x.shape[1], inputs.b.shape[1]
+
+    def one(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, b, c, dt = token
+        b, c = (jnp.repeat(a, heads // groups, axis=0)[:, None, :] for a in (b, c))
+        state = state * jnp.exp(dt * inputs.a)[:, None, None] + (x * dt[:, None])[:, :, None] * b
+        return state, jnp.sum(state * c, axis=-1) + inputs.skip[:, None] * x
+
+    state = jnp.zeros((*inputs.x.shape[1:], inputs.b.shape[2]))
+    per_token = tuple(a.astype(jnp.float32) for a in (inputs.x, inputs.b, inputs.c, inputs.dt))
+    return jax.lax.scan(one, state, per_token)[1].astype(inputs.x.dtype)
 
 
 def _expanded(config: ModelConfig, brought: AttentionInput, row: Array) -> tuple[Array, Array]:

@@ -90,7 +90,8 @@ class StateSpace:
     conv_width: int  # tokens that the convolution sees, the newest included
     conv_bias: bool = True
     bias: bool = False  # of the projections in and out
-    step_limits: tuple[float, float] = (0.0, math.inf)  # of a token's time step
+    least_step: float = 0.0  # bounds of a token's time step
+    most_step: float = math.inf
 
     @property
     def inner_dim(self) -> int:
@@ -152,11 +153,16 @@ class ModelConfig:
     tie_embeddings: bool = False
     experts: Experts | None = None  # of the layers whose ffn is "experts"
     latent: Latent | None = None  # of the layers, all or none of those that attend, whose mixer is "latent"
-    recurrence: StateSpace | None = None  # of the layers that are recurrent
+    state_space: StateSpace | None = None  # of the layers whose mixer is "mamba2"
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def recurrence(self) -> StateSpace | None:
+        """Sizes of the recurrent layers, if there are any."""
+        return self.state_space
 
     @property
     def num_recurrent_layers(self) -> int:
@@ -176,8 +182,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.experts is None and any(layer.ffn == "experts" for layer in self.layers):
             raise ValueError("layers have experts, but nothing says how many")
-        if (self.recurrence is None) != (self.num_recurrent_layers == 0):
-            raise ValueError("layers are recurrent if and only if `recurrence` says their sizes")
+        if any(layer.mixer == "mamba2" for layer in self.layers) != (self.state_space is not None):
+            raise ValueError("layers are mamba2 if and only if `state_space` says their sizes")
         attending = [layer.mixer == "latent" for layer in self.layers if not layer.recurrent]
         if set(attending) not in ({self.latent is not None}, set()):
             raise ValueError("either every layer's mixer is latent and `latent` says its sizes, or none is")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.config import LayerSpec, ModelConfig, StateSpace
+from engine.model.config import LayerSpec, ModelConfig
 from engine.model.layers import ACTIVATIONS, Params, apply_rope, linear, rms_norm
 from pallas_kernels.ssd.api import SSDInput
 from pallas_kernels.target import Target
@@ -100,8 +100,8 @@ def mamba2(
     config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
 ) -> tuple[Array, Any]:
     """Mamba 2's mixer (arXiv 2405.21060, section 7): project, convolve, recur, gate and norm, project back."""
-    ssm, tokens = config.recurrence, x.shape[0]
-    if not isinstance(ssm, StateSpace):
+    ssm, tokens = config.state_space, x.shape[0]
+    if ssm is None:
         raise ValueError("a mamba2 layer needs its sizes")
     projected = linear(x, weights["ssm_in"], target)
     if ssm.bias:
@@ -116,7 +116,7 @@ def mamba2(
             values.reshape(tokens, ssm.num_heads, ssm.head_dim),
             b.reshape(tokens, ssm.groups, ssm.state_dim),
             c.reshape(tokens, ssm.groups, ssm.state_dim),
-            jnp.clip(dt, *ssm.step_limits),
+            jnp.clip(dt, ssm.least_step, ssm.most_step),
             -jnp.exp(weights["a_log"]),
             weights["skip"],
         )

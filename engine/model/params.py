@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from engine.model.config import LayerSpec, ModelConfig, StateSpace
+from engine.model.config import LayerSpec, ModelConfig
 from sharding.params import ParamSpec
 
 LANES = 128  # of a TPU's vector registers
@@ -132,8 +132,8 @@ def _latent(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
 
 def _mamba2(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     """ssm_in is [embed, gate | what is convolved (values, b, c) | time steps]."""
-    ssm, hidden, wide = config.recurrence, config.hidden_size, jnp.dtype(jnp.float32)
-    if not isinstance(ssm, StateSpace):
+    ssm, hidden, wide = config.state_space, config.hidden_size, jnp.dtype(jnp.float32)
+    if ssm is None:
         raise ValueError("the config has no state space")
     heads, inner, channels = ssm.num_heads, ssm.inner_dim, ssm.conv_channels
     wide_in = inner + channels + heads
@@ -143,8 +143,8 @@ def _mamba2(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     specs["conv"] = ParamSpec((ssm.conv_width, channels), dtype, (None, None), fan_in=ssm.conv_width)
     if ssm.conv_bias:
         specs["conv_bias"] = ParamSpec((channels,), dtype, (None,), init="zeros")
-    for name, init in (("dt_bias", "zeros"), ("a_log", "zeros"), ("skip", "ones")):
-        specs[name] = ParamSpec((heads,), wide, (None,), init=init)
+    specs["dt_bias"] = specs["a_log"] = ParamSpec((heads,), wide, (None,), init="zeros")
+    specs["skip"] = ParamSpec((heads,), wide, (None,), init="ones")
     specs["ssm_norm"] = _norm(inner, axes=(None,))
     specs["ssm_out"] = ParamSpec((inner, hidden), dtype, (None, "embed"), fan_in=inner, packable=True)
     if ssm.bias:

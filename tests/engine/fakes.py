@@ -123,6 +123,7 @@ class FakeRunner:
             raise RuntimeError("the device is gone")
         self.num_resets += 1
         self.pages = np.full((self.config.num_pages, self.config.page_size), -1, np.int64)
+        self.states: dict[int, list[int]] = {}  # row of the state pool -> the tokens that made the state
         self.slots = [Slot() for _ in range(self.config.max_num_seqs)]
 
     def launch(self, plan: StepPlan) -> FakePending:
@@ -131,12 +132,28 @@ class FakeRunner:
         if number in self.fail_launch:
             raise RuntimeError("launch failed")
         check_plan(self.config, plan)
+        sources = [list(self.states[row.state.source]) if row.state and row.state.source >= 0 else []
+                   for row in plan.prefill_rows]  # fmt: skip
+        for row, state in zip(plan.prefill_rows, sources, strict=True):  # all were read before one is written
+            self._keep_states(row, state)
         prefill = tuple(self._prefill(row) for row in plan.prefill_rows)
         decode = tuple(self._decode(row) for row in plan.decode_rows)
         prompt = tuple(_prompt_logprobs(row) if row.wants_prompt_logprobs else None for row in plan.prefill_rows)
         if number in self.fail_result:
             return FakePending(plan, RuntimeError("step failed"))
         return FakePending(plan, StepResult(prefill, decode, prompt))
+
+    def _keep_states(self, row: PrefillRow, state: list[int]) -> None:
+        if row.state is None:
+            return
+        if len(state) != row.start:
+            raise AssertionError(f"a chunk from {row.start} continues a state of {len(state)} tokens")
+        state = state + row.seq.token_ids[row.start : row.start + row.count]
+        self.states[row.seq.slot] = state
+        if row.state.copy_to >= 0:
+            if row.state.copy_to not in (self.config.checkpoint_rows or ()):
+                raise AssertionError(f"a copy to row {row.state.copy_to}, which is no checkpoint")
+            self.states[row.state.copy_to] = state[: row.start + row.state.copy_at]
 
     def _prefill(self, row: PrefillRow) -> RowResult:
         seq = row.seq
@@ -155,6 +172,8 @@ class FakeRunner:
             raise AssertionError(f"host decodes from {row.start}, device from {slot.position}")
         while slot.active and len(drawn) < row.count:
             self._write(slot, slot.position, slot.last_token)
+            if self.config.checkpoint_rows is not None:
+                self.states[row.seq.slot].append(slot.last_token)
             drawn.append(self._draw(slot, row.seq, slot.position + 1))
         return self._result(row.seq, drawn)
 
@@ -165,7 +184,10 @@ class FakeRunner:
         self.pages[page, position % self.config.page_size] = token
 
     def _draw(self, slot: Slot, seq: Sequence, length: int) -> int:
-        token = next_token(self.pages[slot.table].reshape(-1)[:length].tolist(), seq.seed)
+        tokens = self.pages[slot.table].reshape(-1)[:length].tolist()
+        if self.config.checkpoint_rows is not None and self.states[seq.slot] != tokens:
+            raise AssertionError("the state is not that of the tokens in the pages")
+        token = next_token(tokens, seq.seed)
         slot.last_token, slot.position = token, length
         stops = token in seq.stop_ids and length >= seq.prompt_len + seq.request.params.min_tokens
         slot.active = not stops and length + 1 < seq.max_total_len
@@ -187,6 +209,15 @@ def check_plan(config: EngineConfig, plan: StepPlan) -> None:
         raise AssertionError(f"{len(plan.prefill_rows)} rows of {plan.num_prefill_tokens} tokens in one step")
     if any(row.count < 1 for row in chain(plan.prefill_rows, plan.decode_rows)):
         raise AssertionError("an empty row")
+    copies = [row.state.copy_to for row in plan.prefill_rows if row.state and row.state.copy_to >= 0]
+    if len(set(copies)) != len(copies):
+        raise AssertionError(f"two copies to one row: {copies}")
+    for row in plan.prefill_rows:
+        if (row.state is None) != (config.checkpoint_rows is None):
+            raise AssertionError("states move for models that have them, and only for those")
+        at = row.state.copy_at if row.state and row.state.copy_to >= 0 else None
+        if at is not None and (not 0 < at <= row.count or (row.start + at) % config.page_size):
+            raise AssertionError(f"a copy after {at} of {row.count} tokens from {row.start}")
     steps = 1 if plan.prefill_rows else config.decode_steps
     new_pages = -(-steps // config.page_size)
     for row in plan.decode_rows:

@@ -27,7 +27,7 @@ from engine.batch import (
     step_key,
     step_layout,
 )
-from engine.plan import DecodeRow, PrefillRow, StepPlan
+from engine.plan import DecodeRow, PrefillRow, StateMove, StepPlan
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from engine.sequence import Sequence
 from engine.slots import Slots, add_pages, slots_shape
@@ -167,3 +167,17 @@ def test_add_pages_extends_tables_and_drops_what_is_none() -> None:
     pages = jnp.asarray([[5, 6], [7, -1], [-1, -1]], jnp.int32)
     out = add_pages(slots, jnp.asarray([2, 0, 3], jnp.int32), jnp.asarray([1, 3, 0], jnp.int32), pages)
     assert np.asarray(out.block_tables).tolist() == [[0, 0, 0, 7], [0] * 4, [0, 5, 6, 0], [0] * 4]
+
+
+def test_states_travel_only_for_models_that_have_them() -> None:
+    """Idle rows start from zeros and copy nowhere; the other vectors are as they were."""
+    key, stateful = StepKey(16, 0), config(state_checkpoints=3)
+    layout, plain = step_layout(stateful, key), step_layout(config(), key)
+    names = ["state_source", "checkpoint", "checkpoint_at"]
+    assert [f.name for f in layout.fields] == [*(f.name for f in plain.fields), *names]
+    rows = [PrefillRow(sequence(slot), 0, 3, True, False, move) for slot, move in
+            ((0, StateMove(-1)), (2, StateMove(6, copy_to=7, copy_at=2)))]  # fmt: skip
+    fields = layout.split(build(stateful, key, layout, plan_of(tuple(rows))), lambda part, f: part.tolist())
+    assert [fields[name] for name in names] == [[-1, 6, -1], [-1, 7, -1], [0, 2, 0]]
+    assert stateful.num_states == 4 + 1 + 3 and list(stateful.checkpoint_rows or ()) == [5, 6, 7]
+    assert config().num_states == 0 and config().checkpoint_rows is None

@@ -75,6 +75,7 @@ def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
         num_pages=rng.choice([48, 49, 50, 54, 200]),
         max_num_seqs=CONFIG.max_num_seqs,
         enable_prefix_caching=rng.random() < 0.8,
+        state_checkpoints=w.config.state_checkpoints and rng.choice([1, 3, w.config.state_checkpoints]),
     )
     stems = [[rng.randrange(VOCAB) for _ in range(60)] for _ in range(2)]
     clients, seeds = [], {}
@@ -110,10 +111,13 @@ def test_tokens_equal_naive_forward(block: int, overlap: bool) -> None:
 
 
 # Latents come with experts; experts beside windows and sinks compile for as long again.
-@pytest.mark.parametrize("kind", [pytest.param("experts", marks=pytest.mark.slow), "latent", "packed"])
+@pytest.mark.parametrize("kind", [pytest.param("experts", marks=pytest.mark.slow), "latent", "states", "packed"])
 @pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> None:
-    """The same net over packed weights and a quantized cache: what is stored never depends on chunks or hits."""
+    """The same net over packed weights and a quantized cache: what is stored never depends on chunks or hits.
+
+    And over recurrent states, which do depend on chunks, but only by rounding.
+    """
     for seed in range(300 + block * 6, 306 + block * 6):
         run_schedule(world(kind), seed, overlap=seed % 2 == 0)
 
@@ -132,6 +136,31 @@ def test_schedules_reach_the_hard_cases() -> None:
     endings = [r for seed in range(200, 215) for c in run_schedule(w, seed, True) for r in c.finished.values()]
     assert w.counters.num_preemptions > before[0] and w.counters.prefix_hits_tokens > before[1]
     assert {FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT} <= set(endings)
+
+
+def test_a_hit_continues_from_a_checkpoint_and_the_net_catches_a_wrong_one() -> None:
+    """A prompt that extends another one, whose states are first right and then another sequence's."""
+    w = world("states")
+    engine = w.engine(overlap=False)
+    before = w.counters.prefix_hits_tokens
+    for name, length in (("first", 41), ("right", 60), ("wrong", 50)):
+        if name == "wrong":
+            rows = engine.config.checkpoint_rows
+            assert rows is not None
+            w.runner._kv = [a.at[rows.start :].set(a[:1]) if len(a) == w.config.num_states else a for a in w.runner._kv]
+        params = SamplingParams(temperature=1.7, seed=5, max_tokens=40)
+        request = Request(request_id=name, prompt_token_ids=tuple(range(length)), params=params)
+        client = Client.of(request)
+        engine.submit(request, client)
+        engine._read_inbox(block=False)
+        while checked_step(engine):
+            pass
+        if name == "wrong":
+            with pytest.raises(AssertionError):
+                check_choice(w, request, 5, client.tokens[0], client.finished[0])
+        else:
+            check_choice(w, request, 5, client.tokens[0], client.finished[0])
+    assert w.counters.prefix_hits_tokens - before == 40 + 40
 
 
 def test_the_net_catches_a_wrong_page() -> None:

@@ -125,6 +125,31 @@ def test_clear_forgets_everything() -> None:
     cache.check([])
 
 
+def test_with_states_a_match_ends_where_one_is_kept() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE, state_rows=(7, 8))
+    pages = fill(cache, "abcdef")
+    root = cache.match("", [], 0).node
+    inner = root.children[tuple(tokens_of("ab"))].children[tuple(tokens_of("cd"))]
+    assert found(cache, "abcdef") == () and cache.match("", tokens_of("abcdef"), 6).num_known == 3
+    assert cache.keep_state(inner) == 7 and cache.keep_state(inner) is None and cache.keep_state(root) is None
+    assert found(cache, "abcdef") == tuple(pages[:2]) and cache.match("", tokens_of("abcdef"), 6).num_known == 3
+    cache.forget(pages[:1])
+    assert found(cache, "abcdef") == () and cache.keep_state(inner) is None, "a dead node keeps none"
+    cache.check([])
+
+
+def test_one_step_writes_a_row_once() -> None:
+    cache = PrefixCache(NUM_PAGES, SIZE, state_rows=(7,))
+    fill(cache, "ab")
+    fill(cache, "cd")
+    nodes = list(cache.match("", [], 0).node.children.values())
+    assert [cache.keep_state(node) for node in nodes] == [7, None] and not cache.checkpoints.is_written(7)
+    cache.checkpoints.begin_step()
+    assert cache.checkpoints.is_written(7) and cache.keep_state(nodes[1]) == 7
+    assert nodes[0].state is None and nodes[1].state == 7
+    cache.check([])
+
+
 def test_no_prefix_cache_finds_nothing() -> None:
     cache = NoPrefixCache(NUM_PAGES, SIZE)
     fill(cache, "abcd")
@@ -148,9 +173,11 @@ class Owner:
 class Machine(RuleBasedStateMachine):
     """Sequences come, share, register, grow and go; `content` is what was last written to each page."""
 
+    state_rows: tuple[int, ...] | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PrefixCache(NUM_PAGES, SIZE)
+        self.cache = PrefixCache(NUM_PAGES, SIZE, self.state_rows)
         self.owners: list[Owner] = []
         self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
 
@@ -184,7 +211,7 @@ class Machine(RuleBasedStateMachine):
             )
             owner.num_registered += 1
         if owner.node.alive and not owner.dead:
-            assert len(self.cache.match(owner.salt, owner.tokens, len(owner.tokens)).pages) == len(owner.pages)
+            assert self.cache.match(owner.salt, owner.tokens, len(owner.tokens)).num_known == len(owner.pages)
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data(), text=st.text("ab", min_size=SIZE, max_size=SIZE))
@@ -224,5 +251,44 @@ class Machine(RuleBasedStateMachine):
         self.cache.check([page for owner in self.owners for page in owner.pages])
 
 
+class StatesMachine(Machine):
+    """And some leave a state behind their last known page; `states` is whose, as it was last written."""
+
+    state_rows = (20, 21, 22)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[int, tuple[int, tuple[int, ...]]] = {}  # row -> page and what it holds
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), same_step=st.booleans())
+    def keep(self, data: st.DataObject, same_step: bool) -> None:
+        owner = data.draw(st.sampled_from(self.owners))
+        if not same_step:
+            self.cache.checkpoints.begin_step()
+        if owner.num_registered:
+            row = self.cache.keep_state(owner.node)
+            if row is not None:
+                self.states[row] = owner.node.page, tuple(owner.tokens[: owner.num_registered * SIZE])
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
+    def fault(self, data: st.DataObject) -> None:
+        owner = data.draw(st.sampled_from(self.owners))
+        self.cache.forget(owner.pages, owner.node)
+        assert not self.cache.match(owner.salt, owner.tokens, len(owner.tokens)).pages
+
+    @rule(salt=st.sampled_from(["", "tenant"]), text=st.text("ab", min_size=2, max_size=9))
+    def continues(self, salt: str, text: str) -> None:
+        tokens = tokens_of(text)
+        match = self.cache.match(salt, tokens, len(tokens))
+        assert len(match.pages) <= match.num_known
+        if match.pages:
+            assert match.node.state is not None
+            assert self.states[match.node.state] == (match.pages[-1], tuple(tokens[: len(match.pages) * SIZE]))
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStatesMachine = StatesMachine.TestCase
+TestStatesMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import jax
 import pytest
 
 from engine.batch import lattice
@@ -11,9 +13,9 @@ from engine.config import EngineConfig, EngineOptions, options_from_dict
 from engine.errors import CapacityError, InvalidParam
 from engine.kernels import kernel_choices
 from engine.model.packing import Packing
-from engine.programs import compute_of, page_bytes
+from engine.programs import compute_of, kv_shapes, page_bytes, state_bytes
 from engine.resolve import GIB, DeviceFacts, resolve, usable_bytes, with_pages
-from tests.engine.world import MIXED, MODEL
+from tests.engine.world import MIXED, MODEL, STATE_SPACE
 
 CPU = DeviceFacts("cpu", 16 * GIB, fast_bfloat16=False)
 CPU_BF16 = DeviceFacts("cpu", 16 * GIB, fast_bfloat16=True)
@@ -190,3 +192,46 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name() -> None:
     assert "mean" not in str(error.value) and error.value.param == "zzz"
     with pytest.raises(InvalidParam, match="dtype"):
         EngineOptions(dtype="float64")  # type: ignore[arg-type]
+
+
+def with_states(device: DeviceFacts = CPU, state_dim: int = 8, **options: Any) -> EngineConfig:
+    assert STATE_SPACE.state_space is not None
+    model = replace(STATE_SPACE, state_space=replace(STATE_SPACE.state_space, state_dim=state_dim))
+    return resolve(EngineOptions(**options), model, "float32", device)
+
+
+def test_states_are_counted() -> None:
+    """Per recurrent layer 3 tokens before the newest of 64 channels, and 4 matrices of 8 x 8; no pages for it."""
+    config = with_states(max_num_seqs=4, state_checkpoints=5)
+    assert config.num_states == 10 and state_bytes(STATE_SPACE, config) == 10 * 4 * (3 * 64 + 4 * 8 * 8)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv_shapes(STATE_SPACE, config)))
+    assert held == state_bytes(STATE_SPACE, config) + config.num_pages * page_bytes(STATE_SPACE, config)
+    assert page_bytes(STATE_SPACE, config) == page_bytes(MODEL, config) // 3
+
+
+def test_states_by_default() -> None:
+    """Two checkpoints a sequence, where a quarter of the memory holds them; else fewer sequences too."""
+    assert (with_states().max_num_seqs, with_states().state_checkpoints) == (32, 64)
+    assert with_states(enable_prefix_caching=False).state_checkpoints == 0
+    large = with_states(state_dim=1 << 20)  # 32 rows of 4 MiB and a window of 3 x 16 MiB: 18 states in 3.2 GiB
+    assert (large.max_num_seqs, large.state_checkpoints) == (9, 8)
+    asked = with_states(state_dim=1 << 20, max_num_seqs=20, state_checkpoints=3)
+    assert (asked.max_num_seqs, asked.state_checkpoints) == (20, 3)
+    with pytest.raises(InvalidParam, match="state_checkpoints: the model has no recurrent layers"):
+        resolved(state_checkpoints=3)
+    with pytest.raises(InvalidParam, match="state_checkpoints: must be an integer of 0 or more"):
+        with_states(state_checkpoints=-1)
+
+
+def test_pages_without_keys_are_only_counted() -> None:
+    config = with_states(max_num_seqs=3, max_model_len=100)
+    assert pages(config, None, 0, 0) == 3 * 7
+    with pytest.raises(InvalidParam, match="kv_cache_memory_bytes: no layer of the model keeps keys"):
+        pages(config, 1000, 0, 0)
+    with pytest.raises(CapacityError, match="lower max_num_seqs"):
+        pages(config, None, 0, usable_bytes(CPU) + 1)
+
+
+def test_recurrent_ops_have_a_choice() -> None:
+    lines = kernel_choices(STATE_SPACE, with_states())
+    assert {"short_conv: reference", "ssd: reference"} <= set(lines)

@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow
-from engine.plan import StepPlan
+from engine.plan import StateMove, StepPlan
 from engine.request import FinishReason, Request, TokenEvent
 from engine.scheduler import Scheduler
 from engine.sequence import State
@@ -281,6 +281,81 @@ def test_output_is_found_by_the_next_turn(max_tokens: int, cached: int) -> None:
     sim.check_tokens()
 
 
+# -- recurrent states -------------------------------------------------------------------------
+
+
+def stateful(checkpoints: int, **changes: object) -> Sim:
+    return Sim(config(state_checkpoints=checkpoints, **changes))
+
+
+def ask(sim: Sim, name: str, prompt: list[int]) -> int:
+    """Tokens of the prompt that were not computed."""
+    sim.add(name, prompt, max_tokens=2)
+    sim.run()
+    sim.check_tokens()
+    return sim.events[-1].num_cached_tokens
+
+
+def test_a_prompt_continues_from_the_last_page_border_of_an_equal_one() -> None:
+    """Of those before its last token."""
+    sim = stateful(4, max_num_batched_tokens=64)
+    prompt = list(range(20))
+    asked = [("a", prompt), ("b", prompt), ("c", [*prompt, 7, 8]), ("d", [*prompt, 7]), ("e", prompt[:9])]
+    assert [ask(sim, name, tokens) for name, tokens in asked] == [0, 16, 16, 20, 0]
+    moves = [row.state for plan in sim.runner.plans for row in plan.prefill_rows]
+    assert moves[:3] == [StateMove(-1, 5, 16), StateMove(5), StateMove(5, 6, 4)]
+
+
+def test_where_prompts_part_a_state_is_kept() -> None:
+    """The second one of a stem finds where it ends, and leaves a state there for the third."""
+    sim = stateful(4, max_num_batched_tokens=64)
+    stem = list(range(17))
+    prompts = {"a": [*stem, *range(50, 56)], "b": [*stem, *range(60, 69)], "c": [*stem, 70, 71]}
+    assert [ask(sim, name, prompt) for name, prompt in prompts.items()] == [0, 0, 16]
+    assert [row.count for plan in sim.runner.plans for row in plan.prefill_rows] == [23, 16, 10, 3]
+
+
+def test_each_chunk_leaves_a_state() -> None:
+    sim = stateful(8, max_num_batched_tokens=10)
+    ask(sim, "a", list(range(35)))
+    moves = [row.state for plan in sim.runner.plans for row in plan.prefill_rows]
+    assert [move.copy_at for move in moves if move] == [8, 10, 8, 2]  # after tokens 8, 20, 28 and 32
+    assert [ask(sim, f"b{n}", [*range(n), 99]) for n in (9, 21, 31)] == [8, 20, 28]
+
+
+def test_choices_wait_for_the_state_of_their_prompt() -> None:
+    sim = stateful(1)
+    sim.add("a", 13, n=4, max_tokens=3, seed=5)
+    sim.run()
+    sim.check_tokens()
+    assert sorted(e.num_cached_tokens for e in sim.events if e.finish_reason) == [0, 12, 12, 12]
+
+
+def test_checkpoints_go_least_recently_used_first() -> None:
+    sim = stateful(2)
+    for name, first in (("a", 1), ("b", 2), ("a2", 1), ("c", 3)):
+        ask(sim, name, [first] * 5)
+    assert [ask(sim, name, [first] * 5) for name, first in (("a3", 1), ("b2", 2))] == [4, 0]
+
+
+def test_without_checkpoints_nothing_is_reused() -> None:
+    sim = stateful(0)
+    assert [ask(sim, name, list(range(20))) for name in "ab"] == [0, 0]
+    assert [row.count for plan in sim.runner.plans for row in plan.prefill_rows] == [16, 4, 16, 4]
+
+
+def test_states_of_a_faulty_prompt_are_forgotten() -> None:
+    """Also where its pages were known before, and the state was its own."""
+    sim = stateful(2, max_num_batched_tokens=64)
+    stem = list(range(12))
+    ask(sim, "a", [*stem, *range(50, 60)])
+    sim.runner.faulty.add("bad")
+    sim.add("bad", [*stem, 77], max_tokens=3)  # leaves a state at the end of the stem, in a page of a
+    sim.run()
+    assert sim.endings.pop(("bad", 0)) is FinishReason.ERROR
+    assert ask(sim, "b", [*stem, 78]) == 0
+
+
 # -- prompt logprobs --------------------------------------------------------------------------
 
 
@@ -433,7 +508,7 @@ def test_seeds() -> None:
 # -- random days ------------------------------------------------------------------------------
 
 
-def random_day(seed: int) -> Sim:
+def random_day(seed: int, **changes: object) -> Sim:
     """Anything at any time; progress is bounded, and every token is right."""
     rng = random.Random(seed)
     sim = Sim(
@@ -444,6 +519,7 @@ def random_day(seed: int) -> Sim:
             decode_steps=rng.choice([1, 3, 6]),
             max_num_seqs=rng.choice([1, 2, 4]),
             enable_prefix_caching=rng.random() < 0.8,
+            **changes,
         ),
         depth=rng.choice([0, 1, 1, 2]),
     )
@@ -492,6 +568,20 @@ def test_random_days(block: int) -> None:
         num_preemptions += sim.scheduler.counters.num_preemptions
         num_hits += sim.scheduler.counters.prefix_hits_tokens
     assert num_steps > 1000 and num_preemptions > 20 and num_hits > 1000
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1, 4])
+def test_random_days_with_states(checkpoints: int) -> None:
+    """The same with a recurrent state a sequence: hits need a checkpoint, and few must do."""
+    num_preemptions, num_hits = 0, 0
+    for seed in range(400, 430):
+        sim = random_day(seed, state_checkpoints=checkpoints)
+        sim.check_tokens()
+        assert len(sim.endings) == sum(made.params.n for made in sim.requests.values())
+        assert not sim.scheduler.cache.pool.num_held
+        num_preemptions += sim.scheduler.counters.num_preemptions
+        num_hits += sim.scheduler.counters.prefix_hits_tokens
+    assert num_preemptions > 10 and (num_hits > 300) == (checkpoints > 0)
 
 
 def test_the_device_of_these_tests_notices_a_wrong_page() -> None:

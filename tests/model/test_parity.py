@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,6 +66,11 @@ def _local_rope(config: ModelConfig) -> ModelConfig:
 def _experts(config: ModelConfig, **changes) -> ModelConfig:
     assert config.experts is not None
     return dataclasses.replace(config, experts=dataclasses.replace(config.experts, **changes))
+
+
+def _state_space(config: ModelConfig, **changes) -> ModelConfig:
+    assert config.state_space is not None
+    return dataclasses.replace(config, state_space=dataclasses.replace(config.state_space, **changes))
 
 
 REMOVALS = [
@@ -132,6 +138,11 @@ REMOVALS = [
     ("deepseek_v3", "a group's two best", lambda c: _experts(c, group_best=1)),
     ("deepseek_v3", "normalized weights", lambda c: _experts(c, normalize=False)),
     ("deepseek_v3", "yarn", lambda c: _layers(c, rope=make_rope({"rope_theta": 10_000.0}, 8, Context(512, 512)))),
+    ("mamba2", "biases", lambda c: _state_space(c, bias=False)),
+    ("mamba2", "convolution's bias", lambda c: _state_space(c, conv_bias=False)),
+    ("mamba2", "shortest time step", lambda c: _state_space(c, least_step=0.0)),
+    ("mamba2", "longest time step", lambda c: _state_space(c, most_step=1.0)),
+    ("mamba2", "eps", lambda c: dataclasses.replace(c, norm_eps=1e-2)),
 ]
 
 
@@ -143,4 +154,22 @@ def test_every_feature_matters(name: str, change) -> None:
     weights = {key: array for key, array in params(name).items() if key in kept}
     case = expected(name)[-1]
     logits = naive_logits(changed, weights, case.prompt)
+    assert relative_error(logits[case.positions], case.logits) > 2 * TOLERANCE
+
+
+# What no field of the config takes away: (model, weight, what becomes of it).
+WEIGHTS = [
+    ("mamba2", "skip", jnp.zeros_like),
+    ("mamba2", "a_log", lambda a: a + 0.1),  # all states fade a little sooner
+    ("mamba2", "dt_bias", jnp.zeros_like),
+    ("mamba2", "conv", lambda a: a.at[:-1].set(0)),
+    ("mamba2", "ssm_norm", jnp.ones_like),
+]
+
+
+@pytest.mark.parametrize(("name", "weight", "change"), WEIGHTS, ids=[f"{name}-{weight}" for name, weight, _ in WEIGHTS])
+def test_every_weight_of_a_state_matters(name: str, weight: str, change) -> None:
+    weights = {key: change(a) if key.endswith(f".{weight}") else a for key, a in params(name).items()}
+    case = expected(name)[-1]
+    logits = naive_logits(checkpoint(name).config, weights, case.prompt)
     assert relative_error(logits[case.positions], case.logits) > 2 * TOLERANCE

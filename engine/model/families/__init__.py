@@ -37,6 +37,7 @@ from engine.model.families.moe import (
     qwen3_moe,
 )
 from engine.model.families.qwen import qwen_layers
+from engine.model.families.recurrent import MAMBA2_DEFAULTS, mamba2
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(gpt_oss, ("GptOssForCausalLM",), GPT_OSS_DEFAULTS),
     "deepseek_v2": Family(deepseek_v2, ("DeepseekV2ForCausalLM",), DEEPSEEK_V2_DEFAULTS),
     "deepseek_v3": Family(deepseek_v3, ("DeepseekV3ForCausalLM",), DEEPSEEK_V3_DEFAULTS),
+    "mamba2": Family(mamba2, ("Mamba2ForCausalLM",), MAMBA2_DEFAULTS),
     "smollm3": Family(_smollm3, ("SmolLM3ForCausalLM",),
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
                        "max_position_embeddings": 32_768, "num_key_value_heads": 4}),

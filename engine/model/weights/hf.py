@@ -25,7 +25,7 @@ from engine.model.packing import Packing
 from engine.model.params import param_specs
 from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
 from engine.model.weights.hf_packed import ENDINGS, Scheme
-from engine.model.weights.names import HEADS, PREFIXES, Piece, ignored, pieces
+from engine.model.weights.names import HEADS, PREFIXES, Piece, end_names, ignored, pieces
 from engine.model.weights.packed import QuantizedTensor, empty, fill, stored_weight
 from engine.model.weights.schemes import scheme_of
 from pallas_kernels.quantized import Quantized
@@ -180,7 +180,8 @@ def open_hf(folder: Path, max_model_len: int | None = None) -> HfCheckpoint:
     hf = read_json(folder / "config.json")
     config = model_config(hf, max_model_len)
     tensors = read_tensors(folder)
-    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), PREFIXES[0])
+    embedding, _ = end_names(config)
+    prefix = next((p for p in PREFIXES if f"{p}{embedding}" in tensors), PREFIXES[0])
     dtype = native_dtype(tensors.values())
     checkpoint = HfCheckpoint(config, folder, dtype, _end_token_ids(folder, hf), tensors, prefix, scheme_of(hf))
     _check_tensors(checkpoint)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from engine.errors import ModelError
-from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope
+from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
 from engine.model.weights.checkpoint import Dtype
 
 MANIFEST = "octavo.json"
-PARTS = {"experts": Experts, "latent": Latent}  # fields of ModelConfig that are None or one of these
+# Fields of ModelConfig that are None or one of these.
+PARTS = {"experts": Experts, "latent": Latent, "state_space": StateSpace}
 VERSION = 1
 
 

@@ -271,6 +271,29 @@ def _halves(rope_dim: int, interleaved: bool, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([rows[:, :-rope_dim], rotary[:, ::2], rotary[:, 1::2]], axis=1)
 
 
+def _mamba_pieces(config: ModelConfig, name: str) -> Pieces:
+    """Mamba 2's mixer, whose layout is the same wherever it stands."""
+    ssm = config.state_space
+    if ssm is None:
+        raise ValueError("the config has no state space")
+    vector = (ssm.num_heads,)
+    pieces = {
+        "ssm_in": Piece("in_proj.weight", (_transposed,)),
+        "ssm_in_bias": Piece("in_proj.bias", (_whole,)),
+        "conv": Piece("conv1d.weight", (_transposed,), shape=(ssm.conv_channels, 1, ssm.conv_width)),
+        "conv_bias": Piece("conv1d.bias", (_whole,)),
+        "dt_bias": Piece("dt_bias", (_whole,), shape=vector),
+        "a_log": Piece("A_log", (_whole,), shape=vector),
+        "skip": Piece("D", (_whole,), shape=vector),
+        "ssm_norm": Piece("norm.weight", (_whole,)),
+        "ssm_out": Piece("out_proj.weight", (_transposed,)),
+        "ssm_out_bias": Piece("out_proj.bias", (_whole,)),
+    }
+    block = "mixer" if config.family == "mamba2" else "mamba"
+    return (replace(pieces[name], name=f"{block}.{pieces[name].name}"),)
+
+
+_OF_MAMBA = frozenset({"conv", "conv_bias", "dt_bias", "a_log", "skip"})
 _OF_LATENT = frozenset({"q_a", "q_a_norm", "q", "kv_a", "kv_a_norm", "k_up", "v_up", "o"})
 
 
@@ -280,11 +303,14 @@ LAYER_ROWS: dict[str, Mapping[str, Row]] = {
     "gemma2": _SANDWICH,
     "gemma3": _SANDWICH,
     "olmo2": _POST_NORMS,
+    "mamba2": {"attn_norm": (("norm.weight", (_whole,)),)},
 }
+# Where a family's embedding and last norm are, if not in embed_tokens and norm.
+_ENDS = {"mamba2": ("embeddings.weight", "norm_f.weight")}
 NORM_OFFSET = {"gemma2": 1.0, "gemma3": 1.0}
 
 # Where the decoder may sit in the file: alone, without a head, inside a multimodal model (old, new).
-PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
+PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "backbone.")
 # Tensors that are no parameters of the decoder: buffers, and the other towers of a multimodal Gemma 3.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 IGNORED_STARTS = {
@@ -298,16 +324,22 @@ def pieces(config: ModelConfig, param: str, prefix: str, head: str, by_rows: boo
 
     by_rows: of a quantized checkpoint whose merged experts stand [experts, out, in].
     """
+    embedding, norm = end_names(config)
     if param == "embed":
-        yield Piece(f"{prefix}embed_tokens.weight", (_whole,))
+        yield Piece(f"{prefix}{embedding}", (_whole,))
     elif param == "lm_head":
         yield Piece(head, (_whole,))
     elif param == "final_norm":
-        yield Piece(f"{prefix}norm.weight", (_whole,), NORM_OFFSET.get(config.family, 0.0))
+        yield Piece(f"{prefix}{norm}", (_whole,), NORM_OFFSET.get(config.family, 0.0), shape=(config.hidden_size,))
     else:
         layer, name = param.removeprefix("layers.").split(".", 1)
         for piece in _layer_pieces(config, name, by_rows):
             yield replace(piece, name=f"{prefix}layers.{layer}.{piece.name}")
+
+
+def end_names(config: ModelConfig) -> tuple[str, str]:
+    """Of the embedding and the last norm, behind the prefix."""
+    return _ENDS.get(config.family, ("embed_tokens.weight", "norm.weight"))
 
 
 def of_experts(name: str) -> bool:
@@ -321,6 +353,8 @@ def _layer_pieces(config: ModelConfig, name: str, by_rows: bool) -> Pieces:
         if config.family == "gpt_oss":
             return _gpt_oss_expert_pieces(config, name, by_rows)
         return (_granite_expert_pieces if config.family == "granitemoe" else _expert_pieces)(config, name)
+    if name.startswith("ssm_") or name in _OF_MAMBA:
+        return _mamba_pieces(config, name)
     if config.latent is not None and name in _OF_LATENT:
         return _latent_pieces(config, name)
     if name == "sinks":
