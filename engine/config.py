@@ -52,6 +52,14 @@ class EngineOptions:
     decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
     overlap: bool = option(True, "launch a step before the tokens of the last one are read")
     max_queued_requests: int = option(1024, "requests that may wait; more are answered with 429")
+    task: Literal["auto", "generate", "embed", "score"] = option(
+        "auto", "what a model is served for; auto goes by its architecture and its files"
+    )
+    pooling: Literal["cls", "mean", "last"] | None = option(
+        None, "how a text's tokens become its embedding (default: as the model's files say)"
+    )
+    normalize: bool | None = option(None, "embeddings of length one (default: as the model's files say)")
+    is_matryoshka: bool = option(False, "the model was trained so that requests may cut embeddings to `dimensions`")
     skip_tokenizer_init: bool = option(False, "token ids in and out, no text")
     chat_template: str | None = option(None, "file with a Jinja chat template (default: the model's)")
     seed: int = option(0, "base for the seeds of requests that bring none")
@@ -69,10 +77,12 @@ class EngineOptions:
         count = self.state_checkpoints
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             raise InvalidParam("state_checkpoints", f"must be an integer of 0 or more, got {count!r}")
-        for name in ("dtype", "kv_cache_dtype", "quantization"):
+        for name in ("dtype", "kv_cache_dtype", "quantization", "task"):
             known = get_args(get_type_hints(EngineOptions)[name])
             if getattr(self, name) not in known:
                 raise InvalidParam(name, f"must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.pooling not in (None, "cls", "mean", "last"):
+            raise InvalidParam("pooling", f"must be one of cls, mean, last, got {self.pooling!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

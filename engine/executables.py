@@ -102,8 +102,9 @@ class ProgramCache:
     The folder's name is a digest of everything that shapes the code.
     """
 
-    def __init__(self, root: Path, **facts: Any) -> None:
-        self.folder = root / "programs" / _digest(facts)
+    def __init__(self, root: Path, module: str = "engine.programs", **facts: Any) -> None:
+        """module: where the programs are made; its source, and all that it imports, shapes them."""
+        self.folder = root / "programs" / _digest(module, facts)
 
     def load(self, program: Program) -> Executable | None:
         """The program from disk; None when it is not there or its file is damaged."""
@@ -191,7 +192,7 @@ def compile_one(program: Program, cache: ProgramCache) -> Executable:
     return executable
 
 
-def _digest(facts: dict[str, Any]) -> str:
+def _digest(module: str, facts: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     device = jax.devices()[0]
     environment = (
@@ -205,7 +206,7 @@ def _digest(facts: dict[str, Any]) -> str:
     digest.update(os.environ.get("XLA_FLAGS", "").encode())
     if device.platform == "cpu":
         digest.update(_cpu_features().encode())
-    for name, source in sorted(sources_of("engine.programs").items()):
+    for name, source in sorted(sources_of(module).items()):
         digest.update(name.encode() + source)
     return digest.hexdigest()[:32]
 

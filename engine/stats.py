@@ -15,6 +15,7 @@ class Counters:
     prefix_hits_tokens: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    texts: int = 0  # embedded or scored
     compiles: int = 0
     compile_s: float = 0.0
     compiles_after_ready: int = 0
@@ -43,3 +44,4 @@ class EngineStats:
     tokens_used: int
     tokens_padded: int
     last_step_age_s: float  # since the last committed step; 0 when idle
+    texts: int = 0

@@ -22,7 +22,7 @@ from engine.errors import InvalidParam, OctavoError
 from server.answers import ChatAnswer, CompletionAnswer
 from server.config import ServerOptions
 from server.errors import ApiError, error_response
-from server.lifecycle import EngineHandle, Lifecycle, TextCodec
+from server.lifecycle import EngineHandle, Lifecycle, ModelHandle, TextCodec
 from server.limits import Edge
 from server.metrics import Metrics
 from server.protocol import (
@@ -97,7 +97,7 @@ class Routes:
         answer_kind: Callable[..., ChatAnswer | CompletionAnswer],
     ) -> Response:
         arrival_s = time.monotonic()
-        engine = self.lifecycle.serving()
+        engine = self.lifecycle.generating()
         raw = await _body(request)
         # Parsing and tokenizing a long prompt takes long, and /health must not wait for it.
         work = await asyncio.to_thread(self._prepare, partial(parse, kind, raw), engine, prepare, arrival_s)
@@ -141,7 +141,7 @@ class Routes:
         raw = await _body(request)
         return _json(await asyncio.to_thread(self._tokenized, engine, raw))
 
-    def _tokenized(self, engine: EngineHandle, raw: bytes) -> Json:
+    def _tokenized(self, engine: ModelHandle, raw: bytes) -> Json:
         body = parse(TokenizeRequest, raw)
         self._check_model(body.model, engine)
         tokenizer = _tokenizer(engine)
@@ -160,7 +160,7 @@ class Routes:
         raw = await _body(request)
         return _json(await asyncio.to_thread(self._detokenized, engine, raw))
 
-    def _detokenized(self, engine: EngineHandle, raw: bytes) -> Json:
+    def _detokenized(self, engine: ModelHandle, raw: bytes) -> Json:
         body = parse(DetokenizeRequest, raw)
         self._check_model(body.model, engine)
         if max(body.tokens, default=0) >= engine.vocab_size:
@@ -171,17 +171,17 @@ class Routes:
         """vLLM's, by which lm-eval knows that it needs no tokenizer of its own. Templates stay here."""
         return _json({"tokenizer_class": "Octavo", **_tokenizer(self.lifecycle.serving()).special_tokens})
 
-    def _model_id(self, engine: EngineHandle) -> str:
+    def _model_id(self, engine: ModelHandle) -> str:
         return self.options.served_model_name or engine.model_name
 
-    def _check_model(self, name: str | None, engine: EngineHandle) -> None:
+    def _check_model(self, name: str | None, engine: ModelHandle) -> None:
         served = self._model_id(engine)
         if name is not None and name != served:
             shown = name if len(name) <= 100 else name[:100] + "..."
             text = f"The model '{shown}' does not exist here; this server has '{served}'."
             raise ApiError(404, text, param="model", code="model_not_found")
 
-    def _card(self, engine: EngineHandle) -> Json:
+    def _card(self, engine: ModelHandle) -> Json:
         model_id = self._model_id(engine)
         return {
             "id": model_id,
@@ -252,7 +252,7 @@ async def _body(request: Request) -> bytes:
         raise ApiError(400, "The request body is incomplete.", code="incomplete_body") from None
 
 
-def _tokenizer(engine: EngineHandle) -> TextCodec:
+def _tokenizer(engine: ModelHandle) -> TextCodec:
     if engine.tokenizer is None:
         raise InvalidParam("prompt", "this server has no tokenizer")
     return engine.tokenizer

@@ -65,6 +65,18 @@ def shutting_down() -> ApiError:
     return ApiError(503, "The server is shutting down.", code="shutting_down", retry_after_s=1.0)
 
 
+_ROUTES = {
+    "generate": "generates text: /v1/chat/completions and /v1/completions",
+    "embed": "embeds texts: /v1/embeddings, and by similarity /v1/rerank and /v1/score",
+    "score": "scores pairs of texts: /v1/rerank and /v1/score",
+}
+
+
+def wrong_task(model_name: str, task: str) -> ApiError:
+    text = f"The model '{model_name}' does not do this. It {_ROUTES[task]}."
+    return ApiError(400, text, param="model", code="unsupported_model")
+
+
 def engine_fault() -> ApiError:
     # The fault belongs to this request: the same one again would fail again.
     return ApiError(

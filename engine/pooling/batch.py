@@ -36,8 +36,10 @@ def lattice(config: PoolingConfig) -> list[BatchKey]:
 
 
 def sizes(config: PoolingConfig, length: int) -> list[int]:
-    """The token buckets of texts in a length bucket. One that is longer than all of them has its own."""
-    return [tokens for tokens in config.token_buckets if tokens >= length] or [length]
+    """The token buckets of texts in a length bucket: room for one, and what is larger of the common ones."""
+    larger = [tokens for tokens in config.token_buckets if tokens > length]
+    smallest = config.token_buckets[0]
+    return [length, *larger] if length >= smallest else larger
 
 
 def batch_key(config: PoolingConfig, length: int, tokens: int) -> BatchKey:
@@ -54,7 +56,7 @@ def choose(config: PoolingConfig, length: int, counts: Sequence[int]) -> tuple[B
     """The program for waiting texts of one bucket, and how many of the first of them it takes.
 
     counts: tokens of each text, in order. The smallest program that holds all; but where it would
-    be more than a quarter empty, a smaller, full one, and the rest has its own step.
+    be more than a quarter empty, a smaller, fuller one, and the rest has its own step.
     """
     best: tuple[BatchKey, int] | None = None
     for tokens in sizes(config, length):

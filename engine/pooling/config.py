@@ -18,6 +18,7 @@ from pallas_kernels.target import Target
 
 PoolingKind = Literal["cls", "mean", "last"]
 Task = Literal["embed", "score"]
+MODULES = "modules.json"
 
 # Keys of 1_Pooling/config.json, in its spelling of one flag a kind.
 _KIND_OF_FLAG: dict[str, PoolingKind] = {
@@ -39,6 +40,14 @@ class Pooling:
     prompt: str | None = None  # what the authors put in front of every text
 
 
+@dataclass(frozen=True)
+class Matryoshka:
+    """Whether embeddings may be cut (arXiv 2205.13147), and the lengths that were trained; empty: any."""
+
+    possible: bool = False
+    dimensions: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoolingConfig:
     """Concrete configuration: every number that shapes a program or bounds a queue."""
@@ -47,8 +56,8 @@ class PoolingConfig:
     dtype: Literal["bfloat16", "float32"]
     pooling: PoolingKind
     normalize: bool
-    is_matryoshka: bool  # the first numbers of an embedding are one too
-    matryoshka_dimensions: tuple[int, ...]  # the only lengths that were trained; empty: any
+    matryoshka: Matryoshka
+    score: Literal["sigmoid", "identity"]  # of a cross-encoder's logit
     hidden_size: int  # numbers of an embedding
     max_model_len: int  # tokens of the longest text
     max_num_seqs: int  # texts a step
@@ -68,10 +77,10 @@ class PoolingConfig:
         """Raises InvalidParam for a length that this model's embeddings do not have."""
         if dimensions is None or dimensions == self.hidden_size:
             return
-        if not self.is_matryoshka:
+        if not self.matryoshka.possible:
             raise InvalidParam("dimensions", f"this model's embeddings have {self.hidden_size} numbers; it was not "
                                "trained to be cut (or says so nowhere: see the option is_matryoshka)")  # fmt: skip
-        allowed = self.matryoshka_dimensions
+        allowed = self.matryoshka.dimensions
         if allowed and dimensions not in allowed:
             raise InvalidParam("dimensions", f"must be one of {', '.join(map(str, allowed))}, got {dimensions}")
         if not 0 < dimensions <= self.hidden_size:
@@ -80,7 +89,7 @@ class PoolingConfig:
 
 def read_pooling(folder: Path) -> Pooling:
     """What sentence-transformers' files in `folder` say. Raises ModelError that names file and field."""
-    modules = folder / "modules.json"
+    modules = folder / MODULES
     if not modules.is_file():
         return Pooling()
     kinds = [_module(entry, modules) for entry in _json(modules, list)]

@@ -67,6 +67,8 @@ def _decoder(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes],
                 byte_fallback = True
             case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
                 leading_space = True
+            case {"type": "WordPiece", "prefix": prefix} if len(steps) == 1:
+                return _word_piece(prefix, bool(step.get("cleanup"))), True
             case {"type": "Fuse"}:
                 pass
             case _:
@@ -81,6 +83,20 @@ def _decoder(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes],
         return token.encode()
 
     return to_bytes, leading_space
+
+
+# What WordPiece's decoder cleans up: English written without a space before it.
+_CLEANED = {f" {end}": end for end in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")} | {" ' ": "'"}
+
+
+def _word_piece(prefix: str, cleanup: bool) -> Callable[[str], bytes]:
+    """BERT's: a word has a space before it, a piece with the prefix goes on where the last one ended."""
+
+    def to_bytes(token: str) -> bytes:
+        text = token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+        return (_CLEANED.get(text, text) if cleanup else text).encode()
+
+    return to_bytes
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -82,11 +82,25 @@ class Tokenizer:
         Lone surrogates, which no UTF-8 text can hold, count as U+FFFD.
         """
         backend = self._backend if parse_special else self._verbatim
-        try:
-            return backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:  # how the library refuses a surrogate
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return backend.encode(_sound(text), add_special_tokens=add_special_tokens).ids
+
+    def encode_parts(
+        self, text: str, pair: str | None = None, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and the segment of each, of a text or of two, put together as the model was trained.
+
+        What is longer than max_tokens is cut at its end, of two texts the longer one first; special tokens stay.
+        """
+        backend, parts = self._backend, [_sound(part) for part in (text, pair) if part is not None]
+        if max_tokens is None:
+            whole = backend.encode(*parts, add_special_tokens=add_special_tokens)
+            return whole.ids, whole.type_ids
+        found = [backend.encode(part, add_special_tokens=False) for part in parts]
+        special = backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
+        for encoding, length in zip(found, _cut([len(e) for e in found], max_tokens - special), strict=True):
+            encoding.truncate(length)
+        whole = backend.post_process(*found, add_special_tokens=add_special_tokens)
+        return whole.ids[:max_tokens], whole.type_ids[:max_tokens]
 
     @property
     def _verbatim(self) -> Backend:
@@ -173,6 +187,25 @@ class Tokenizer:
                 path = folder / "additional_chat_templates" / f"{name}.jinja"
                 path.parent.mkdir(exist_ok=True)
             path.write_bytes(source.encode())
+
+
+def _sound(text: str) -> str:
+    """Without lone surrogates, which the library refuses."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _cut(lengths: list[int], room: int) -> list[int]:
+    """Lengths that together are at most `room`: the longer loses first, as in Hugging Face's longest_first."""
+    room = max(room, 0)
+    if len(lengths) == 1 or sum(lengths) <= room:
+        return [min(length, room) for length in lengths]
+    first, second = lengths
+    shorter = min(first, second, room // 2)
+    return [shorter, room - shorter] if first <= second else [room - shorter, shorter]
 
 
 def _write_json(path: Path, value: Any) -> None:

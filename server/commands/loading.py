@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.config import EngineOptions
-from engine.load import load_engine
+from engine.errors import InvalidParam
 from engine.loop import Engine
+from engine.pooling.engine import PoolingEngine
+from engine.start import load_any_engine
 
 
 class LoadingLine:
@@ -31,11 +33,11 @@ class LoadingLine:
 
 
 @contextmanager
-def running_engine(options: EngineOptions) -> Iterator[Engine]:
+def any_running_engine(options: EngineOptions) -> Iterator[Engine | PoolingEngine]:
     """Raises OctavoError when the model cannot be loaded."""
     line = LoadingLine()
     try:
-        engine = load_engine(options, line)
+        engine = load_any_engine(options, line)
     finally:
         line.clear()
     engine.start()
@@ -43,3 +45,12 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         yield engine
     finally:
         engine.stop()
+
+
+@contextmanager
+def running_engine(options: EngineOptions) -> Iterator[Engine]:
+    """For commands that generate. Raises OctavoError when the model cannot be loaded, or does not."""
+    with any_running_engine(options) as engine:
+        if isinstance(engine, PoolingEngine):
+            raise InvalidParam("model", f"{engine.model_name} is for {engine.task}; it generates no text")
+        yield engine

@@ -13,7 +13,7 @@ from server.commands.options import ModelsOptions
 def run(options: ModelsOptions) -> int:
     root = cache_root()
     for entry in list_models():
-        is_here = entry.path(root).exists()
+        is_here = entry.is_here(root)
         if options.json:
             print(
                 json.dumps(dataclasses.asdict(entry) | {"downloaded": is_here, "default": entry.name == DEFAULT_MODEL})

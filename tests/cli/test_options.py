@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_every_option_has_a_flag_that_reaches_it() -> None:
         for field in dataclasses.fields(options):
             flag = "--" + field.name.replace("_", "-")
             default = getattr(options, field.name)
-            if isinstance(default, bool):
+            if "bool" in str(field.type):
                 argv, want = [flag if not default else flag.replace("--", "--no-", 1)], not default
             elif "Literal" in str(field.type):
                 want = next(value for value in reversed(_literals(type(options), field.name)) if value != default)
@@ -70,8 +70,10 @@ def test_every_option_has_a_flag_that_reaches_it() -> None:
 
 
 def _literals(options: type, name: str) -> list[str]:
-    """What an option of a Literal may be."""
-    return list(get_args(get_type_hints(options)[name]))
+    """What an option of a Literal, or of one or None, may be."""
+    hint = get_type_hints(options)[name]
+    parts = [part for part in get_args(hint) if get_origin(part) is Literal] or [hint]
+    return [value for part in parts for value in get_args(part)]
 
 
 def test_spellings_of_other_engines() -> None:

@@ -90,6 +90,7 @@ class FakeEngine:
         self.config = config
         self.tokenizer = tokenizer
         self.model_name = "fake-model"
+        self.task = "generate"
         self.vocab_size = VOCAB
         self.end_token_ids = (END,)
         self.failure: str | None = None

@@ -44,7 +44,7 @@ _SCORES = {
 }
 # Of multilingual BERT and of pretraining; nothing that a forward reads.
 _UNUSED = ("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
-           "pooler_size_per_head", "pooler_type", "output_past", "is_matryoshka", "matryoshka_dimensions")  # fmt: skip
+           "pooler_size_per_head", "pooler_type", "output_past")  # fmt: skip
 
 
 def encoder_config(hf: Mapping[str, Any]) -> EncoderConfig:

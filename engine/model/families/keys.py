@@ -34,8 +34,9 @@ _INERT_KEYS = """
     suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty
 """
-# How weights are stored, which is the loader's to read or refuse (`weights/hf_packed.py`).
-INERT = frozenset({*_INERT_KEYS.split(), "quantization_config"})
+# How weights are stored, which is the loader's to read or refuse (`weights/hf_packed.py`), and what may be done with
+# an embedding (`engine/pooling/load.py`).
+INERT = frozenset({*_INERT_KEYS.split(), "quantization_config", "is_matryoshka", "matryoshka_dimensions"})
 INERT_ENDINGS = ("dropout", "dropout_prob", "_pdrop")  # dropout is for training
 
 

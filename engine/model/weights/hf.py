@@ -175,10 +175,16 @@ def read_tensor(tensor: StoredTensor, name: str) -> np.ndarray:
         raise ModelError(f"{file}: cannot read tensor {name}: {error}") from error
 
 
-def open_hf(folder: Path, max_model_len: int | None = None) -> HfCheckpoint:
-    """Check a folder's config.json and safetensors headers. Raises ModelError."""
+def open_hf(folder: Path, max_model_len: int | None = None, with_head: bool = True) -> HfCheckpoint:
+    """Check a folder's config.json and safetensors headers. Raises ModelError.
+
+    with_head: False reads a model whose files may have no LM head, as those of embeddings; a stored one is passed by.
+    """
     hf = read_json(folder / "config.json")
-    config = model_config(hf, max_model_len)
+    if with_head:
+        config = model_config(hf, max_model_len)
+    else:
+        config = replace(model_config(hf | {"architectures": None}, max_model_len), tie_embeddings=True)
     tensors = read_tensors(folder)
     embedding, _ = end_names(config)
     prefix = next((p for p in PREFIXES if f"{p}{embedding}" in tensors), PREFIXES[0])
