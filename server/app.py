@@ -11,10 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
-import orjson
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +23,7 @@ from server.errors import ApiError, error_response
 from server.lifecycle import EngineHandle, Lifecycle, ModelHandle, TextCodec
 from server.limits import Edge
 from server.metrics import Metrics
+from server.pooling import PoolingRoutes
 from server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -32,6 +31,7 @@ from server.protocol import (
     TokenizeRequest,
     parse,
 )
+from server.requests import check_model, json_answer, read_body, served_name
 from server.session import Mailbox, Session, Work, check_budget, prepare_chat, prepare_completion, render
 from server.shapes import Json
 from server.sse import Disconnected, EventStream, while_connected, whole
@@ -45,8 +45,10 @@ except metadata.PackageNotFoundError:  # run from a checkout that was not instal
 def build_app(lifecycle: Lifecycle, metrics: Metrics, options: ServerOptions) -> ASGIApp:
     """The whole ASGI application. Call it with the event loop that will serve it running."""
     api = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    routes = Routes(lifecycle, metrics, options)
-    for path, endpoint, method in routes.table():
+    mailbox = Mailbox(asyncio.get_running_loop())
+    routes = Routes(lifecycle, metrics, options, mailbox)
+    pooling = PoolingRoutes(lifecycle, metrics, options, mailbox)
+    for path, endpoint, method in (*routes.table(), *pooling.table()):
         api.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (HTTPException, ApiError, OctavoError, Exception):
         api.add_exception_handler(kind, _answer_error)
@@ -58,11 +60,13 @@ async def _answer_error(_: Request, error: Exception) -> Response:
 
 
 class Routes:
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, options: ServerOptions) -> None:
+    """Generation, models and tokens, probes. Embeddings and scores: `server/pooling.py`."""
+
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, options: ServerOptions, mailbox: Mailbox) -> None:
         self.lifecycle = lifecycle
         self.metrics = metrics
         self.options = options
-        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._mailbox = mailbox
         self._created = int(time.time())
 
     def table(self) -> list[tuple[str, Callable, str]]:
@@ -98,12 +102,12 @@ class Routes:
     ) -> Response:
         arrival_s = time.monotonic()
         engine = self.lifecycle.generating()
-        raw = await _body(request)
+        raw = await read_body(request)
         # Parsing and tokenizing a long prompt takes long, and /health must not wait for it.
         work = await asyncio.to_thread(self._prepare, partial(parse, kind, raw), engine, prepare, arrival_s)
         session = Session(work, self.lifecycle, self._mailbox, self.metrics)
         session.open()
-        answer = answer_kind(session, engine.tokenizer, self._model_id(engine), work.body)
+        answer = answer_kind(session, engine.tokenizer, served_name(self.options, engine), work.body)
         if work.body.stream:
             return EventStream(answer)
         try:
@@ -122,28 +126,28 @@ class Routes:
         arrival_s: float,
     ) -> Work:
         body = read()
-        self._check_model(body.model, engine)
+        check_model(self.options, body.model, engine)
         check_budget(body, self.options.max_choices)
         return prepare(engine, body, arrival_s)
 
     # -- models and tokens ----------------------------------------------------------------
 
     async def models(self) -> Response:
-        return _json({"object": "list", "data": [self._card(self.lifecycle.serving())]})
+        return json_answer({"object": "list", "data": [self._card(self.lifecycle.serving())]})
 
     async def model(self, model: str) -> Response:
         engine = self.lifecycle.serving()
-        self._check_model(model, engine)
-        return _json(self._card(engine))
+        check_model(self.options, model, engine)
+        return json_answer(self._card(engine))
 
     async def tokenize(self, request: Request) -> Response:
         engine = self.lifecycle.serving()
-        raw = await _body(request)
-        return _json(await asyncio.to_thread(self._tokenized, engine, raw))
+        raw = await read_body(request)
+        return json_answer(await asyncio.to_thread(self._tokenized, engine, raw))
 
     def _tokenized(self, engine: ModelHandle, raw: bytes) -> Json:
         body = parse(TokenizeRequest, raw)
-        self._check_model(body.model, engine)
+        check_model(self.options, body.model, engine)
         tokenizer = _tokenizer(engine)
         text = body.prompt if body.prompt is not None else render(tokenizer, body)
         add_special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
@@ -157,32 +161,22 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         engine = self.lifecycle.serving()
-        raw = await _body(request)
-        return _json(await asyncio.to_thread(self._detokenized, engine, raw))
+        raw = await read_body(request)
+        return json_answer(await asyncio.to_thread(self._detokenized, engine, raw))
 
     def _detokenized(self, engine: ModelHandle, raw: bytes) -> Json:
         body = parse(DetokenizeRequest, raw)
-        self._check_model(body.model, engine)
+        check_model(self.options, body.model, engine)
         if max(body.tokens, default=0) >= engine.vocab_size:
             raise InvalidParam("tokens", f"token ids must be below {engine.vocab_size}")
         return {"prompt": _tokenizer(engine).decode(body.tokens, skip_special_tokens=False)}
 
     async def tokenizer_info(self) -> Response:
         """vLLM's, by which lm-eval knows that it needs no tokenizer of its own. Templates stay here."""
-        return _json({"tokenizer_class": "Octavo", **_tokenizer(self.lifecycle.serving()).special_tokens})
-
-    def _model_id(self, engine: ModelHandle) -> str:
-        return self.options.served_model_name or engine.model_name
-
-    def _check_model(self, name: str | None, engine: ModelHandle) -> None:
-        served = self._model_id(engine)
-        if name is not None and name != served:
-            shown = name if len(name) <= 100 else name[:100] + "..."
-            text = f"The model '{shown}' does not exist here; this server has '{served}'."
-            raise ApiError(404, text, param="model", code="model_not_found")
+        return json_answer({"tokenizer_class": "Octavo", **_tokenizer(self.lifecycle.serving()).special_tokens})
 
     def _card(self, engine: ModelHandle) -> Json:
-        model_id = self._model_id(engine)
+        model_id = served_name(self.options, engine)
         return {
             "id": model_id,
             "object": "model",
@@ -210,7 +204,7 @@ class Routes:
         status = "failed" if self._dead() else state.status
         elapsed_s = state.ready_s if state.ready_s is not None else time.monotonic() - state.started_s
         answer = {"status": status, "progress": state.progress, "elapsed_s": round(elapsed_s, 3)}
-        return _json(answer, 200 if status == "ready" else 503)
+        return json_answer(answer, 200 if status == "ready" else 503)
 
     def _dead(self) -> bool:
         return self.lifecycle.engine is not None and not self.lifecycle.alive
@@ -219,7 +213,7 @@ class Routes:
         return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def version(self) -> Response:
-        return _json({"version": VERSION})
+        return json_answer({"version": VERSION})
 
 
 class _Counted:
@@ -242,21 +236,7 @@ class _Counted:
         await self.app(scope, receive, counting_send)
 
 
-async def _body(request: Request) -> bytes:
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a web page may post other types across origins without asking
-        raise ApiError(415, "The Content-Type must be application/json.", code="unsupported_media_type")
-    try:
-        return await request.body()
-    except ClientDisconnect:
-        raise ApiError(400, "The request body is incomplete.", code="incomplete_body") from None
-
-
 def _tokenizer(engine: ModelHandle) -> TextCodec:
     if engine.tokenizer is None:
         raise InvalidParam("prompt", "this server has no tokenizer")
     return engine.tokenizer
-
-
-def _json(body: Json, status: int = 200) -> Response:
-    return Response(orjson.dumps(body), status, media_type="application/json")

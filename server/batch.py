@@ -20,7 +20,7 @@ import orjson
 from engine.errors import OctavoError
 from server.local import Answer
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_LINE_BYTES = 64 * 2**20
 
 
@@ -67,7 +67,7 @@ def _parse(raw: bytes, place: str) -> BatchLine:
     if data.get("method") != "POST":
         raise BatchError(f"{place}: method must be POST, got {data.get('method')!r}")
     if url not in URLS:
-        raise BatchError(f"{place}: url must be {' or '.join(URLS)}, got {url!r}")
+        raise BatchError(f"{place}: url must be one of {', '.join(URLS)}, got {url!r}")
     if not isinstance(body, dict):
         raise BatchError(f"{place}: body must be a JSON object")
     return BatchLine(custom_id, url, body)

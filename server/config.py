@@ -32,7 +32,7 @@ class ServerOptions:
     api_key: str | None = option(None, "bearer token that every request must bring, probes excepted")
     max_body_bytes: int = option(8 * 2**20, "largest request body; more is answered with 413")
     max_header_bytes: int = option(64 * 2**10, "largest request line and headers together")
-    max_choices: int = option(1024, "most choices (n times prompts) that one request may ask for")
+    max_choices: int = option(1024, "most choices (n times prompts) or texts to embed that one request may ask for")
     body_timeout_s: float = option(30.0, "time for the headers of a request, and longest pause in its body")
     shutdown_timeout_s: float = option(30.0, "time that running requests get to finish after SIGTERM")
     keep_alive_s: float = option(75.0, "how long an idle connection stays open")

@@ -63,6 +63,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "detokenize": (True,),
     "echo": (False,),  # completions have it; a chat has not
+    # embeddings and reranking
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "input_type": (),  # Cohere's: a prompt of the model's authors in front of the text
+    "late_chunking": (False,),
+    "max_tokens_per_doc": (),
+    "max_chunks_per_doc": (),
+    "rank_fields": (),
+    "activation": (True,),
+    "use_activation": (True,),
     # templates and adapters
     "chat_template": (),  # a request never brings a template: it is code
     "lora": (),

@@ -48,7 +48,7 @@ def _token_ids(value: list[Any]) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _str_or_list(value: Any) -> tuple[str, ...]:
+def str_or_list(value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a string or a list of strings")
@@ -77,27 +77,27 @@ TemplateKwargs = Annotated[
 _NOT_FOR_TEMPLATES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
-class _Model(BaseModel):
+class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     def check(self) -> None:
         """Rules between fields. Raises `InvalidParam`."""
 
 
-class StreamOptions(_Model):
+class StreamOptions(RequestModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM: usage so far in every chunk
     include_obfuscation: bool = False  # pad chunks, so that their length does not tell the text's
 
 
-class Message(_Model):
+class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
     name: Name | None = None
     tool_call_id: Name | None = None
 
 
-class GenerationRequest(_Model):
+class GenerationRequest(RequestModel):
     """The fields that chat and completions share. None: not given."""
 
     model: str | None = None
@@ -110,7 +110,7 @@ class GenerationRequest(_Model):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_str_or_list)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(str_or_list)] = ()
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -187,7 +187,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class TokenizeRequest(_Model):
+class TokenizeRequest(RequestModel):
     """vLLM's two forms in one: a prompt, or messages to render."""
 
     model: str | None = None
@@ -205,7 +205,7 @@ class TokenizeRequest(_Model):
         _check_rendering(self)
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(RequestModel):
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
 
@@ -217,7 +217,7 @@ def _check_rendering(body: ChatRequest | TokenizeRequest) -> None:
         raise InvalidParam(f"chat_template_kwargs.{name}", "cannot be set here")
 
 
-def parse[T: _Model](cls: type[T], raw: bytes) -> T:
+def parse[T: RequestModel](cls: type[T], raw: bytes) -> T:
     """Raises `ApiError` or `InvalidParam`; each names the field that is wrong."""
     body = _load(raw)
     fields = supported(body, cls.model_fields, REFUSED)

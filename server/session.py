@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.errors import InvalidParam
 from engine.request import FinishReason, Request, SamplingParams, TextDelta
@@ -143,14 +143,14 @@ def _requests(
 
 
 class Mailbox:
-    """Carries deltas from the engine's thread to the event loop, one wake-up for a burst."""
+    """Carries deltas or vectors from the engine's thread to the event loop, one wake-up for a burst."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._items: deque[tuple[asyncio.Queue, list[TextDelta]]] = deque()
+        self._items: deque[tuple[asyncio.Queue, list[Any]]] = deque()
 
-    def put(self, queue: asyncio.Queue, deltas: list[TextDelta]) -> None:
+    def put(self, queue: asyncio.Queue, deltas: list[Any]) -> None:
         """Called by the engine's thread. Never blocks or raises."""
         with self._lock:
             self._items.append((queue, deltas))

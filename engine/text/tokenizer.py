@@ -91,11 +91,12 @@ class Tokenizer:
 
         What is longer than max_tokens is cut at its end, of two texts the longer one first; special tokens stay.
         """
-        backend, parts = self._backend, [_sound(part) for part in (text, pair) if part is not None]
+        backend = self._backend
+        text, pair = _sound(text), None if pair is None else _sound(pair)
         if max_tokens is None:
-            whole = backend.encode(*parts, add_special_tokens=add_special_tokens)
+            whole = backend.encode(text, pair, add_special_tokens=add_special_tokens)
             return whole.ids, whole.type_ids
-        found = [backend.encode(part, add_special_tokens=False) for part in parts]
+        found = [backend.encode(part, add_special_tokens=False) for part in (text, pair) if part is not None]
         special = backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
         for encoding, length in zip(found, _cut([len(e) for e in found], max_tokens - special), strict=True):
             encoding.truncate(length)

@@ -15,7 +15,7 @@ from engine.config import EngineOptions
 from server.batch import BatchError, BatchLine, ResultFile, check_input, run_batch
 from server.commands.loading import running_engine
 from server.commands.options import BatchOptions
-from server.lifecycle import EngineHandle
+from server.lifecycle import ModelHandle
 from server.local import Answer, LocalServer
 
 BUSY_WAIT_S = 0.2  # before a request is offered again to an engine whose queue is full
@@ -39,7 +39,7 @@ def run(engine_options: EngineOptions, options: BatchOptions) -> int:
 
 
 async def answer_all(
-    engine: EngineHandle, source: Path, results: ResultFile, options: BatchOptions, meter: Meter
+    engine: ModelHandle, source: Path, results: ResultFile, options: BatchOptions, meter: Meter
 ) -> None:
     server = LocalServer(engine, options.served_model_name)
     window = options.max_in_flight or 2 * engine.config.max_num_seqs
@@ -49,7 +49,7 @@ async def answer_all(
         await results.close()
 
 
-async def answer(server: LocalServer, engine: EngineHandle, turns: Turns, line: BatchLine) -> Answer:
+async def answer(server: LocalServer, engine: ModelHandle, turns: Turns, line: BatchLine) -> Answer:
     """What the API answers. Raises BatchError when the engine is gone, which is not the request's fault."""
     if line.body.get("stream"):
         error = {"message": "A batch has no streams.", "type": "invalid_request_error"}

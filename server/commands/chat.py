@@ -9,7 +9,7 @@ import sys
 from engine.config import EngineOptions
 from engine.errors import OctavoError
 from engine.request import SamplingParams
-from server.commands.loading import running_engine
+from server.commands.loading import generating_engine
 from server.commands.options import ChatOptions
 from server.commands.terminal import sampling_fields, stream_text, write_now
 from server.lifecycle import EngineHandle
@@ -19,7 +19,7 @@ HELP = "/exit ends, /reset forgets the conversation, Ctrl-C stops an answer"
 
 
 def run(engine_options: EngineOptions, options: ChatOptions, params: SamplingParams) -> int:
-    with running_engine(engine_options) as engine:
+    with generating_engine(engine_options) as engine:
         print(f"{engine.model_name}. {HELP}.", file=sys.stderr)
         converse(engine, options, params)
     return 0

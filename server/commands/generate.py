@@ -6,7 +6,7 @@ import asyncio
 
 from engine.config import EngineOptions
 from engine.request import SamplingParams
-from server.commands.loading import running_engine
+from server.commands.loading import generating_engine
 from server.commands.options import GenerateOptions
 from server.commands.terminal import sampling_fields, stream_text, write_now
 from server.lifecycle import EngineHandle
@@ -14,7 +14,7 @@ from server.local import LocalServer
 
 
 def run(engine_options: EngineOptions, options: GenerateOptions, params: SamplingParams) -> int:
-    with running_engine(engine_options) as engine:
+    with generating_engine(engine_options) as engine:
         asyncio.run(generate(engine, options, params))
     return 0
 

@@ -33,7 +33,7 @@ class LoadingLine:
 
 
 @contextmanager
-def any_running_engine(options: EngineOptions) -> Iterator[Engine | PoolingEngine]:
+def running_engine(options: EngineOptions) -> Iterator[Engine | PoolingEngine]:
     """Raises OctavoError when the model cannot be loaded."""
     line = LoadingLine()
     try:
@@ -48,9 +48,9 @@ def any_running_engine(options: EngineOptions) -> Iterator[Engine | PoolingEngin
 
 
 @contextmanager
-def running_engine(options: EngineOptions) -> Iterator[Engine]:
+def generating_engine(options: EngineOptions) -> Iterator[Engine]:
     """For commands that generate. Raises OctavoError when the model cannot be loaded, or does not."""
-    with any_running_engine(options) as engine:
+    with running_engine(options) as engine:
         if isinstance(engine, PoolingEngine):
             raise InvalidParam("model", f"{engine.model_name} is for {engine.task}; it generates no text")
         yield engine

@@ -215,7 +215,7 @@ GOOD = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {
         ("[]", "line 2: must be a JSON object"),
         (GOOD.replace('"a"', "3"), "line 2: custom_id must be a text"),
         (GOOD.replace("POST", "GET"), "line 2: method must be POST, got 'GET'"),
-        (GOOD.replace("completions", "embeddings"), "line 2: url must be /v1/chat/completions or"),
+        (GOOD.replace("completions", "images"), "line 2: url must be one of /v1/chat/completions, "),
         (GOOD.replace("{}", '"x"'), "line 2: body must be a JSON object"),
         (GOOD.replace('"body"', '"boddy"'), "line 2: unknown field 'boddy'"),
         (GOOD, "custom_id 'a' stands twice"),

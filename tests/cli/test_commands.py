@@ -30,8 +30,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
     def running(options: EngineOptions) -> Iterator[FakeEngine]:
         yield fake
 
-    for module in (batch, chat, generate):
-        monkeypatch.setattr(module, "running_engine", running)
+    monkeypatch.setattr(batch, "running_engine", running)
+    for module in (chat, generate):
+        monkeypatch.setattr(module, "generating_engine", running)
     yield fake
     fake.stop()
 

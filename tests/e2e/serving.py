@@ -28,7 +28,9 @@ COMMAND = [sys.executable, "-m", "server.cli"]
 
 
 def flags(**options: object) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    """None leaves an option to its default."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def octavo(*argv: str, text: str | None = None, timeout_s: float = START_S) -> subprocess.CompletedProcess[str]:
