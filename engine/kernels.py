@@ -12,9 +12,10 @@ from engine.attend import expands
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig
 from engine.errors import InvalidParam
-from engine.model.config import LayerSpec, ModelConfig
+from engine.model.config import DeltaRule, LayerSpec, ModelConfig
 from engine.programs import compute_of, param_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
+from pallas_kernels.gated_delta import api as gated_delta
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import api as kv_write
@@ -78,8 +79,12 @@ def _recurrent_choices(model: ModelConfig, config: EngineConfig, key: StepKey) -
     rows = (key.rows, key.tokens)
     conv = short_conv.ConvSpec(*rows, sizes.conv_channels, sizes.conv_width, config.dtype)
     yield short_conv.choice(conv, config.target)
-    heads = (sizes.num_heads, sizes.head_dim, sizes.state_dim, sizes.groups)
-    yield ssd.choice(ssd.SSDSpec(*rows, *heads, config.dtype), config.target)
+    if isinstance(sizes, DeltaRule):
+        heads = (sizes.key_heads, sizes.value_heads, sizes.key_dim, sizes.value_dim)
+        yield gated_delta.choice(gated_delta.DeltaSpec(*rows, *heads, config.dtype), config.target)
+    else:
+        heads = (sizes.num_heads, sizes.head_dim, sizes.state_dim, sizes.groups)
+        yield ssd.choice(ssd.SSDSpec(*rows, *heads, config.dtype), config.target)
 
 
 def _attention_choices(

@@ -14,8 +14,10 @@ from jax import Array
 
 from engine.model.config import ModelConfig
 from engine.model.mixers import RecurrentInput
+from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.short_conv import short_conv
 from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd.api import SSDInput
 from pallas_kernels.states import DecodeStates, PrefillStates
 from pallas_kernels.target import Target
 
@@ -52,5 +54,9 @@ def recur(view: StatesView, cache: LayerStates, brought: RecurrentInput, target:
     """Convolve, then recur: (values [tokens, heads, head_dim], the layer's states)."""
     rows = (view.decode, view.prefill)
     convolved, windows = short_conv(brought.mixed, cache.windows, brought.weight, brought.bias, *rows, target=target)
-    out, states = ssd(brought.inputs(convolved), cache.states, *rows, target=target)
+    inputs = brought.inputs(convolved)
+    if isinstance(inputs, SSDInput):
+        out, states = ssd(inputs, cache.states, *rows, target=target)
+    else:
+        out, states = gated_delta(inputs, cache.states, *rows, target=target)
     return out, LayerStates(windows, states)

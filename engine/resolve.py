@@ -27,6 +27,7 @@ OPS = (
     "kv_write",
     "short_conv",
     "ssd",
+    "gated_delta",
     "quantized_matmul",
     "grouped_matmul",
 )

@@ -17,6 +17,7 @@ from jax import Array
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
 from engine.model.mixers import AttentionInput, RecurrentInput
+from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
 from pallas_kernels.ssd.api import SSDInput
 from pallas_kernels.target import CPU
@@ -77,7 +78,8 @@ def _recur(brought: RecurrentInput) -> Array:
     convolved = sum(padded[i : i + len(x)] * brought.weight[i][None].astype(jnp.float32) for i in range(width))
     if brought.bias is not None:
         convolved = convolved + brought.bias[None].astype(jnp.float32)
-    return _state_space(brought.inputs(jnp.asarray(convolved, brought.mixed.dtype)))
+    inputs = brought.inputs(jnp.asarray(convolved, brought.mixed.dtype))
+    return _state_space(inputs) if isinstance(inputs, SSDInput) else _delta_rule(inputs)
 
 
 def _state_space(inputs: SSDInput) -> Array:
@@ -92,6 +94,23 @@ def _state_space(inputs: SSDInput) -> Array:
     state = jnp.zeros((*inputs.x.shape[1:], inputs.b.shape[2]))
     per_token = tuple(a.astype(jnp.float32) for a in (inputs.x, inputs.b, inputs.c, inputs.dt))
     return jax.lax.scan(one, state, per_token)[1].astype(inputs.x.dtype)
+
+
+def _delta_rule(inputs: DeltaInput) -> Array:
+    group = inputs.v.shape[1] // inputs.k.shape[1]
+
+    def one(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, log_decay, beta = token
+        q, k = (jnp.repeat(a, group, axis=0) for a in (q, k))
+        state = state * jnp.exp(log_decay)[:, None, None]
+        wrong = v - jnp.sum(state * k[:, :, None], axis=1)
+        state = state + k[:, :, None] * (wrong * beta[:, None])[:, None, :]
+        return state, jnp.sum(state * q[:, :, None], axis=1)
+
+    state = jnp.zeros((inputs.v.shape[1], inputs.k.shape[2], inputs.v.shape[2]))
+    tokens = (inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta)
+    per_token = tuple(a.astype(jnp.float32) for a in tokens)
+    return jax.lax.scan(one, state, per_token)[1].astype(inputs.v.dtype)
 
 
 def _expanded(config: ModelConfig, brought: AttentionInput, row: Array) -> tuple[Array, Array]:

@@ -107,18 +107,39 @@ class StateSpace:
 
 
 @dataclass(frozen=True)
+class DeltaRule:
+    """Gated delta net (arXiv 2412.06464): a short convolution, then linear attention whose state of
+    key_dim x value_dim a head is corrected with every token.
+    """
+
+    key_heads: int
+    value_heads: int  # as many of them as there are for a key head share its queries and keys
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.value_heads, self.key_dim, self.value_dim
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What differs between layers. Query i sees key j when i - window < j <= i."""
 
     rope: Rope | None  # None: no position encoding (NoPE)
     window: int | None = None  # tokens; None sees everything before it
-    mixer: Literal["attention", "latent", "mamba2"] = "attention"
+    mixer: Literal["attention", "latent", "mamba2", "gated_delta"] = "attention"
     ffn: Literal["gated", "experts", "none"] = "gated"
 
     @property
     def recurrent(self) -> bool:
         """The layer remembers a state a sequence, of one size, in place of keys and values a token."""
-        return self.mixer == "mamba2"
+        return self.mixer in ("mamba2", "gated_delta")
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,7 @@ class ModelConfig:
     mlp_bias: bool = False
     attention_scale: float = 0.0  # multiplies q.k; families.py always sets it
     attention_softcap: float | None = None
+    attention_gate: bool = False  # attention's output is times sigmoid(gate . x), number by number (Qwen3-Next)
     attention_sinks: bool = False  # a learned score a head that softmax counts beside the keys (gpt-oss)
     final_softcap: float | None = None
     embedding_multiplier: float = 1.0
@@ -154,15 +176,16 @@ class ModelConfig:
     experts: Experts | None = None  # of the layers whose ffn is "experts"
     latent: Latent | None = None  # of the layers, all or none of those that attend, whose mixer is "latent"
     state_space: StateSpace | None = None  # of the layers whose mixer is "mamba2"
+    delta_rule: DeltaRule | None = None  # of the layers whose mixer is "gated_delta"
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     @property
-    def recurrence(self) -> StateSpace | None:
+    def recurrence(self) -> StateSpace | DeltaRule | None:
         """Sizes of the recurrent layers, if there are any."""
-        return self.state_space
+        return self.state_space or self.delta_rule
 
     @property
     def num_recurrent_layers(self) -> int:
@@ -182,8 +205,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.experts is None and any(layer.ffn == "experts" for layer in self.layers):
             raise ValueError("layers have experts, but nothing says how many")
-        if any(layer.mixer == "mamba2" for layer in self.layers) != (self.state_space is not None):
-            raise ValueError("layers are mamba2 if and only if `state_space` says their sizes")
+        mixers = {layer.mixer for layer in self.layers}
+        if ("mamba2" in mixers, "gated_delta" in mixers) != (self.state_space is not None, self.delta_rule is not None):
+            raise ValueError("layers are mamba2 if `state_space` says their sizes, gated_delta if `delta_rule` does")
+        if {"mamba2", "gated_delta"} <= mixers:
+            raise ValueError("layers of one model recur in one way")
         attending = [layer.mixer == "latent" for layer in self.layers if not layer.recurrent]
         if set(attending) not in ({self.latent is not None}, set()):
             raise ValueError("either every layer's mixer is latent and `latent` says its sizes, or none is")

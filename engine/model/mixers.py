@@ -16,6 +16,7 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.layers import ACTIVATIONS, Params, apply_rope, linear, rms_norm
+from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.ssd.api import SSDInput
 from pallas_kernels.target import Target
 
@@ -47,7 +48,7 @@ class RecurrentInput:
     mixed: Array  # [tokens, channels]
     weight: Array  # [width, channels], the newest token's last
     bias: Array | None  # [channels]
-    inputs: Callable[[Array], SSDInput]  # of what was convolved [tokens, channels]
+    inputs: Callable[[Array], SSDInput | DeltaInput]  # of what was convolved [tokens, channels]
 
 
 # attend(config, layer, view, cache, brought) -> (values [tokens, heads, head_dim or value_dim], cache):
@@ -73,7 +74,11 @@ def attention(
     q, k = qk[:, :, :group], qk[:, :, group]
     sinks = weights["sinks"].reshape(-1) if config.attention_sinks else None
     out, cache = see(AttentionInput(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v, sinks))
-    out = linear(out.reshape(tokens, -1), weights["o"], target)
+    out = out.reshape(tokens, -1)
+    if config.attention_gate:
+        gate = linear(x, weights["attn_gate"], target).astype(jnp.float32)
+        out = (out * jax.nn.sigmoid(gate)).astype(x.dtype)
+    out = linear(out, weights["o"], target)
     return out + weights["o_bias"][None] if config.output_bias else out, cache
 
 
@@ -129,6 +134,36 @@ def mamba2(
     return out + weights["ssm_out_bias"][None] if ssm.bias else out, cache
 
 
+def gated_delta(
+    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+) -> tuple[Array, Any]:
+    """A gated delta net (arXiv 2412.06464) as in Qwen3-Next: project, convolve, recur, norm and gate, project back."""
+    rule, tokens = config.delta_rule, x.shape[0]
+    if rule is None:
+        raise ValueError("a gated_delta layer needs its sizes")
+    mixed, gate = jnp.split(linear(x, weights["delta_in"], target), [rule.conv_channels], axis=1)
+    strength, steps = jnp.split(linear(x, weights["delta_steps"], target).astype(jnp.float32), 2, axis=1)
+    log_decay = -jnp.exp(weights["a_log"])[None] * jax.nn.softplus(steps + weights["dt_bias"][None])
+    keys = rule.key_heads * rule.key_dim
+
+    def inputs(convolved: Array) -> DeltaInput:
+        active = ACTIVATIONS[config.activation](convolved.astype(jnp.float32))
+        q, k, v = jnp.split(active, [keys, 2 * keys], axis=1)
+        q, k = (_unit(a.reshape(tokens, rule.key_heads, rule.key_dim)) for a in (q, k))
+        values = v.reshape(tokens, rule.value_heads, rule.value_dim).astype(x.dtype)
+        return DeltaInput(q * rule.key_dim**-0.5, k, values, log_decay, jax.nn.sigmoid(strength))
+
+    out, cache = see(RecurrentInput(mixed, weights["conv"], None, inputs))
+    out = rms_norm(out, weights["delta_norm"], config.norm_eps).astype(jnp.float32).reshape(tokens, -1)
+    out = (out * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+    return linear(out, weights["delta_out"], target), cache
+
+
+def _unit(x: Array) -> Array:
+    """Vectors along the last axis at length 1; the bound is that of the model's own code."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
 def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:
     """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
     query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
@@ -142,5 +177,5 @@ def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
     return jnp.concatenate([q, k[:, :, None]], axis=2)
 
 
-MIXERS = {"attention": attention, "latent": latent_attention, "mamba2": mamba2}
+MIXERS = {"attention": attention, "latent": latent_attention, "mamba2": mamba2, "gated_delta": gated_delta}
 QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}

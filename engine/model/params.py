@@ -93,6 +93,15 @@ def _attention(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         rows=3,
         packable=True,
     )
+    if config.attention_gate:
+        specs["attn_gate"] = ParamSpec(
+            (hidden, kv, group, head),
+            dtype,
+            ("embed", "kv_heads", None, "head_dim"),
+            fan_in=hidden,
+            rows=1,
+            packable=True,
+        )
     if config.output_bias:
         specs["o_bias"] = ParamSpec((hidden,), dtype, ("embed",), init="zeros")
     if config.attention_sinks:
@@ -152,7 +161,26 @@ def _mamba2(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     return specs
 
 
-_MIXERS = {"attention": _attention, "latent": _latent, "mamba2": _mamba2}
+def _gated_delta(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+    """delta_in is [embed, queries | keys | values | gate], delta_steps [embed, strengths | time steps]."""
+    rule, hidden, wide = config.delta_rule, config.hidden_size, jnp.dtype(jnp.float32)
+    if rule is None:
+        raise ValueError("the config has no delta rule")
+    heads, channels = rule.value_heads, rule.conv_channels
+    values = heads * rule.value_dim
+    vector = ParamSpec((heads,), wide, (None,), init="zeros")
+    return {
+        "delta_in": ParamSpec((hidden, channels + values), dtype, ("embed", None), fan_in=hidden, packable=True),
+        "delta_steps": ParamSpec((hidden, 2 * heads), dtype, ("embed", None), fan_in=hidden),
+        "conv": ParamSpec((rule.conv_width, channels), dtype, (None, None), fan_in=rule.conv_width),
+        "dt_bias": vector,
+        "a_log": vector,
+        "delta_norm": _norm(rule.value_dim, axes=(None,)),
+        "delta_out": ParamSpec((values, hidden), dtype, (None, "embed"), fan_in=values, packable=True),
+    }
+
+
+_MIXERS = {"attention": _attention, "latent": _latent, "mamba2": _mamba2, "gated_delta": _gated_delta}
 
 
 def _mlp(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:

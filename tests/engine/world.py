@@ -17,7 +17,7 @@ import numpy as np
 from engine.config import EngineConfig
 from engine.executables import NoProgramCache, compile_all
 from engine.loop import Engine
-from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
+from engine.model.config import DeltaRule, Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
 from engine.model.params import param_specs
 from engine.model.quantization import pack
 from engine.programs import compute_of, serving_programs, slots_of
@@ -70,6 +70,12 @@ STATE_SPACE = replace(
     layers=(LayerSpec(None, mixer="mamba2", ffn="none"), LayerSpec(ROPE)),
     state_space=StateSpace(num_heads=4, head_dim=8, state_dim=8, groups=2, conv_width=4),
 )
+DELTA = replace(
+    MODEL,
+    layers=(LayerSpec(None, mixer="gated_delta"), LayerSpec(ROPE)),
+    attention_gate=True,
+    delta_rule=DeltaRule(key_heads=2, value_heads=4, key_dim=8, value_dim=8, conv_width=4),
+)
 CONFIG = EngineConfig(
     dtype="float32",
     max_model_len=192,
@@ -99,6 +105,7 @@ KINDS = {
     "experts": (MIXED, FEWER),
     "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
     "states": (STATE_SPACE, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
+    "delta": (DELTA, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
     "packed": (MODEL, replace(FEWER, quantization="int8", kv_cache_dtype="int8")),
 }
 
@@ -129,7 +136,7 @@ def world(kind: str = "float") -> World:
     params["embed"] *= 4.0
     # States that last for tens of tokens and outweigh the last token's own embedding.
     params |= {name: a - 3 for name, a in params.items() if name.endswith("dt_bias")}
-    params |= {name: a * 4 for name, a in params.items() if name.endswith("ssm_out")}
+    params |= {name: a * 4 for name, a in params.items() if name.endswith(("ssm_out", "delta_out"))}
     counters = Counters()
     executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, progress: None)
     runner = Runner(model, config, params, executables, counters)

@@ -261,7 +261,7 @@ def test_a_rows_nan_stays_with_it(name: str) -> None:
     np.testing.assert_array_equal(np.asarray(spoilt_pool)[5:], np.asarray(pool)[5:])
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ["short_conv", "ssd", pytest.param("gated_delta", marks=pytest.mark.slow)])
 def test_chunks_may_be_cut_anywhere(name: str) -> None:
     """Forty tokens at once, and in pieces that continue each other, one of them as a decode row."""
     op, rng = OPS[name], np.random.default_rng(8)

@@ -37,7 +37,14 @@ from engine.model.families.moe import (
     qwen3_moe,
 )
 from engine.model.families.qwen import qwen_layers
-from engine.model.families.recurrent import MAMBA2_DEFAULTS, mamba2
+from engine.model.families.recurrent import (
+    GRANITE_HYBRID_DEFAULTS,
+    MAMBA2_DEFAULTS,
+    QWEN3_NEXT_DEFAULTS,
+    granite_hybrid,
+    mamba2,
+    qwen3_next,
+)
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(gpt_oss, ("GptOssForCausalLM",), GPT_OSS_DEFAULTS),
     "deepseek_v2": Family(deepseek_v2, ("DeepseekV2ForCausalLM",), DEEPSEEK_V2_DEFAULTS),
     "deepseek_v3": Family(deepseek_v3, ("DeepseekV3ForCausalLM",), DEEPSEEK_V3_DEFAULTS),
+    "granitemoehybrid": Family(granite_hybrid, ("GraniteMoeHybridForCausalLM",), GRANITE_HYBRID_DEFAULTS),
+    "qwen3_next": Family(qwen3_next, ("Qwen3NextForCausalLM",), QWEN3_NEXT_DEFAULTS),
     "mamba2": Family(mamba2, ("Mamba2ForCausalLM",), MAMBA2_DEFAULTS),
     "smollm3": Family(_smollm3, ("SmolLM3ForCausalLM",),
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,

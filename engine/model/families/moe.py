@@ -49,7 +49,7 @@ GPT_OSS_DEFAULTS: dict[str, Any] = {
 
 def mixtral(keys: Keys) -> ModelConfig:
     dims = dims_of(keys)
-    _skip(keys)
+    skip_losses(keys)
     layer = LayerSpec(keys.rope(dims["head_dim"]), keys.optional_count("sliding_window"), ffn="experts")
     experts = Experts(
         num_experts=keys.count("num_local_experts"),
@@ -66,8 +66,12 @@ def mixtral(keys: Keys) -> ModelConfig:
 
 
 def qwen2_moe(keys: Keys) -> ModelConfig:
-    shared = {"shared_size": keys.count("shared_expert_intermediate_size"), "shared_gate": True}
-    return _qwen("qwen2_moe", keys, shared, qkv_bias=keys.flag("qkv_bias"))
+    return _qwen("qwen2_moe", keys, shared_expert(keys), qkv_bias=keys.flag("qkv_bias"))
+
+
+def shared_expert(keys: Keys) -> dict[str, Any]:
+    """Qwen's expert for every token, which has a gate."""
+    return {"shared_size": keys.count("shared_expert_intermediate_size"), "shared_gate": True}
 
 
 def qwen3_moe(keys: Keys) -> ModelConfig:
@@ -77,8 +81,18 @@ def qwen3_moe(keys: Keys) -> ModelConfig:
 def _qwen(family: str, keys: Keys, shared: dict[str, Any], **fields: Any) -> ModelConfig:
     """Layer i has experts when it is not in mlp_only_layers and i + 1 is a multiple of decoder_sparse_step."""
     dims = dims_of(keys)
-    _skip(keys)
-    layers = qwen_layers(keys, dims["head_dim"])
+    return ModelConfig(
+        family=family,
+        activation=gate_activation(keys),
+        **with_experts(keys, qwen_layers(keys, dims["head_dim"]), shared),
+        **fields,
+        **dims,
+    )
+
+
+def with_experts(keys: Keys, layers: tuple[LayerSpec, ...], shared: dict[str, Any]) -> dict[str, Any]:
+    """Qwen's `experts`, and its `layers` with them where the config says so."""
+    skip_losses(keys)
     step, dense = keys.count("decoder_sparse_step"), keys.value("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(i) is int for i in dense):
         raise keys.wrong("mlp_only_layers", "must be a list of layer numbers")
@@ -90,19 +104,13 @@ def _qwen(family: str, keys: Keys, shared: dict[str, Any], **fields: Any) -> Mod
         normalize=keys.flag("norm_topk_prob"),
         **shared,
     )
-    return ModelConfig(
-        family=family,
-        layers=tuple(replace(layer, ffn="experts" if sparse[i] else "gated") for i, layer in enumerate(layers)),
-        activation=gate_activation(keys),
-        experts=experts,
-        **fields,
-        **dims,
-    )
+    layers = tuple(replace(layer, ffn="experts" if sparse[i] else "gated") for i, layer in enumerate(layers))
+    return {"layers": layers, "experts": experts if any(sparse) else None}
 
 
 def granite_moe(keys: Keys) -> ModelConfig:
     dims = dims_of(keys) | granite_multipliers(keys)
-    _skip(keys)
+    skip_losses(keys)
     layer = LayerSpec(keys.rope(dims["head_dim"]), ffn="experts")
     return ModelConfig(
         family="granitemoe",
@@ -121,7 +129,7 @@ def granite_moe(keys: Keys) -> ModelConfig:
 def gpt_oss(keys: Keys) -> ModelConfig:
     """OpenAI's gpt-oss: sinks, windows in every other layer, a clamped gate, biases everywhere."""
     dims = dims_of(keys)
-    _skip(keys)
+    skip_losses(keys)
     keys.neutral("swiglu_alpha", 1.702)
     keys.value("initial_context_length")  # of training; rope_scaling has it too
     num_layers = layer_count(keys)
@@ -146,6 +154,6 @@ def gpt_oss(keys: Keys) -> ModelConfig:
     )
 
 
-def _skip(keys: Keys) -> None:
+def skip_losses(keys: Keys) -> None:
     for key in _LOSS_KEYS:
         keys.value(key)

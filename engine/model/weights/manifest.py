@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from engine.errors import ModelError
-from engine.model.config import Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
+from engine.model.config import DeltaRule, Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
 from engine.model.weights.checkpoint import Dtype
 
 MANIFEST = "octavo.json"
 # Fields of ModelConfig that are None or one of these.
-PARTS = {"experts": Experts, "latent": Latent, "state_space": StateSpace}
+PARTS = {"experts": Experts, "latent": Latent, "state_space": StateSpace, "delta_rule": DeltaRule}
 VERSION = 1
 
 

@@ -169,7 +169,7 @@ def _of(expert: int, view: View) -> View:
 
 
 def _granite_expert_pieces(config: ModelConfig, name: str) -> Pieces:
-    """One tensor for all experts, [experts, out, in], gate before up."""
+    """One tensor for all experts, [experts, out, in], gate before up; the shared one stands beside them."""
     experts, hidden = config.experts, config.hidden_size
     if experts is None:
         raise ValueError("the config has no experts")
@@ -184,6 +184,8 @@ def _granite_expert_pieces(config: ModelConfig, name: str) -> Pieces:
         "experts_down": Piece(
             f"{where}output_linear.weight", (lambda a: a.transpose(0, 2, 1),), shape=(count, hidden, size)
         ),
+        "shared_gate_up": Piece("shared_mlp.input_linear.weight", (_gate, _up)),
+        "shared_down": Piece("shared_mlp.output_linear.weight", (_transposed,)),
     }
     return (pieces[name],)
 
@@ -293,7 +295,53 @@ def _mamba_pieces(config: ModelConfig, name: str) -> Pieces:
     return (replace(pieces[name], name=f"{block}.{pieces[name].name}"),)
 
 
-_OF_MAMBA = frozenset({"conv", "conv_bias", "dt_bias", "a_log", "skip"})
+def _delta_pieces(config: ModelConfig, name: str) -> Pieces:
+    """Qwen3-Next's gated delta net. A key head's queries, keys, values and gates stand together in the file."""
+    rule, hidden = config.delta_rule, config.hidden_size
+    if rule is None:
+        raise ValueError("the config has no delta rule")
+    group = rule.value_heads // rule.key_heads
+    wide = group * rule.value_dim
+    per_key = np.cumsum([rule.key_dim, rule.key_dim, wide])
+
+    def by_kind(cuts: np.ndarray | list[int], stored: np.ndarray) -> np.ndarray:
+        parts = np.split(stored.reshape(rule.key_heads, -1, hidden), cuts, axis=1)
+        return np.concatenate([part.reshape(-1, hidden) for part in parts])
+
+    def matrix(stored: str, rows: int, cuts: np.ndarray | list[int]) -> Piece:
+        return Piece(stored, (_transposed,), shape=(rows, hidden), select=functools.partial(by_kind, cuts))
+
+    heads = (rule.value_heads,)
+    rows = rule.conv_channels + rule.value_heads * rule.value_dim
+    pieces = {
+        "delta_in": lambda: matrix("in_proj_qkvz.weight", rows, per_key),
+        "delta_steps": lambda: matrix("in_proj_ba.weight", 2 * rule.value_heads, [group]),
+        "conv": lambda: Piece("conv1d.weight", (_transposed,), shape=(rule.conv_channels, 1, rule.conv_width)),
+        "dt_bias": lambda: Piece("dt_bias", (_whole,), shape=heads),
+        "a_log": lambda: Piece("A_log", (_whole,), shape=heads),
+        "delta_norm": lambda: Piece("norm.weight", (_whole,)),
+        "delta_out": lambda: Piece("out_proj.weight", (_transposed,)),
+    }
+    piece = pieces[name]()
+    return (replace(piece, name=f"linear_attn.{piece.name}"),)
+
+
+def _gated_query_pieces(config: ModelConfig, name: str) -> Pieces:
+    """A head's query and, behind it, the gate of what it attends to."""
+    heads, head = config.num_q_heads, config.head_dim
+
+    def rows(which: int, view: View) -> Piece:
+        def select(stored: np.ndarray) -> np.ndarray:
+            return stored.reshape(heads, 2, head, -1)[:, which]
+
+        return Piece("self_attn.q_proj.weight", (view,), shape=(2 * heads * head, config.hidden_size), select=select)
+
+    if name == "attn_gate":
+        return (rows(1, lambda a: np.moveaxis(a, 0, -1)),)
+    return (rows(0, _q), *(Piece(f"self_attn.{part}_proj.weight", (view,)) for part, view in (("k", _k), ("v", _v))))
+
+
+_OF_RECURRENT = frozenset({"conv", "conv_bias", "dt_bias", "a_log", "skip"})
 _OF_LATENT = frozenset({"q_a", "q_a_norm", "q", "kv_a", "kv_a_norm", "k_up", "v_up", "o"})
 
 
@@ -304,17 +352,22 @@ LAYER_ROWS: dict[str, Mapping[str, Row]] = {
     "gemma3": _SANDWICH,
     "olmo2": _POST_NORMS,
     "mamba2": {"attn_norm": (("norm.weight", (_whole,)),)},
+    "granitemoehybrid": {
+        "gate_up": (("shared_mlp.input_linear.weight", (_gate, _up)),),
+        "down": (("shared_mlp.output_linear.weight", (_transposed,)),),
+    },
 }
 # Where a family's embedding and last norm are, if not in embed_tokens and norm.
 _ENDS = {"mamba2": ("embeddings.weight", "norm_f.weight")}
-NORM_OFFSET = {"gemma2": 1.0, "gemma3": 1.0}
+NORM_OFFSET = {"gemma2": 1.0, "gemma3": 1.0, "qwen3_next": 1.0}
 
 # Where the decoder may sit in the file: alone, without a head, inside a multimodal model (old, new).
 PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "backbone.")
 # Tensors that are no parameters of the decoder: buffers, and the other towers of a multimodal Gemma 3.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 IGNORED_STARTS = {
-    "gemma3": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+    "gemma3": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    "qwen3_next": ("mtp.",),  # what predicts further tokens, for speculation
 }
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
@@ -352,9 +405,12 @@ def _layer_pieces(config: ModelConfig, name: str, by_rows: bool) -> Pieces:
     if of_experts(name):
         if config.family == "gpt_oss":
             return _gpt_oss_expert_pieces(config, name, by_rows)
-        return (_granite_expert_pieces if config.family == "granitemoe" else _expert_pieces)(config, name)
-    if name.startswith("ssm_") or name in _OF_MAMBA:
-        return _mamba_pieces(config, name)
+        merged = config.family in ("granitemoe", "granitemoehybrid")
+        return (_granite_expert_pieces if merged else _expert_pieces)(config, name)
+    if name.startswith(("ssm_", "delta_")) or name in _OF_RECURRENT:
+        return (_mamba_pieces if config.delta_rule is None else _delta_pieces)(config, name)
+    if config.attention_gate and name in ("qkv", "attn_gate"):
+        return _gated_query_pieces(config, name)
     if config.latent is not None and name in _OF_LATENT:
         return _latent_pieces(config, name)
     if name == "sinks":
