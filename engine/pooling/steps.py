@@ -139,7 +139,7 @@ def attend(
     Query head h reads KV head h // (q_heads // kv_heads). Scores and softmax are float32. window, softcap,
     sinks: see `LayerSpec` and `ModelConfig`.
     """
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    kv_heads, group, dtype = k.shape[1], q.shape[1] // k.shape[1], q.dtype
     q, k, v = (rows.gather(a, width).astype(jnp.float32) for a in (q, k, v))
     q = q.reshape(*q.shape[:2], kv_heads, group, -1)
     there = jnp.arange(width, dtype=jnp.int32)[None] < rows.length[:, None]
@@ -165,7 +165,7 @@ def attend(
         parts = jnp.moveaxis(q.reshape(q.shape[0], -1, chunk, *q.shape[2:]), 1, 0)
         out = jnp.moveaxis(jax.lax.map(lambda part: seen(*part), (starts, parts)), 0, 1)
         out = out.reshape(q.shape[0], width, *out.shape[3:])
-    return rows.scatter(out.reshape(*out.shape[:2], kv_heads * group, -1)).astype(q.dtype)
+    return rows.scatter(out.reshape(*out.shape[:2], kv_heads * group, -1)).astype(dtype)
 
 
 def _chunk(width: int, num_rows: int) -> int:

@@ -166,6 +166,15 @@ def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any
         opened(name, **options)
 
 
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=["bfloat16", "int8"])
+def test_fewer_bits(bert: LLM, options: dict[str, Any]) -> None:
+    """Near the float32 embedding, and not equal to it: the option does something."""
+    with opened("bert", max_model_len=8, **options) as llm:
+        got = embeddings(llm, TEXTS[1])
+    want = embeddings(bert, TEXTS[1])
+    assert 0 < 1 - float(got[0] @ want[0]) < 1e-3
+
+
 def test_a_decoder_embeds_when_asked() -> None:
     """The same checkpoint that generates: sliding windows and all, by its last token; no sentence-transformers."""
     options = {"task": "embed", "max_model_len": 32, "max_num_batched_tokens": 32, "skip_tokenizer_init": True}
