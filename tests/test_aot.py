@@ -20,8 +20,9 @@ from engine.config import EngineConfig, EngineOptions
 from engine.executables import Executable, Memory, Program
 from engine.kernels import kernel_choices
 from engine.model.config import LayerSpec, ModelConfig, Rope
+from engine.model.families import model_config
 from engine.model.known import known_config
-from engine.programs import page_bytes, step_program
+from engine.programs import page_bytes, state_bytes, step_program
 from engine.resolve import DeviceFacts, resolve
 from sharding.topology import topology_devices
 
@@ -51,6 +52,23 @@ FAMILIES = {
     }.items()
     for model in (known_config(name),)
 }
+# Two layers with the sizes of Mamba 2 2.7B, Granite 4.0 H Small and Qwen3-Next 80B.
+RECURRENT = {
+    hf["model_type"]: model_config({"num_hidden_layers": 2, **hf})
+    for hf in (
+        {"model_type": "mamba2", "vocab_size": 50288, "hidden_size": 2560, "num_heads": 80, "n_groups": 1},
+        {
+            "model_type": "granitemoehybrid", "vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 768,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 72, "num_experts_per_tok": 10,
+            "shared_intermediate_size": 1536, "mamba_d_state": 128, "layer_types": ["mamba", "attention"],
+            "max_position_embeddings": 131072,
+        },
+        {
+            "model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5120,
+            "num_attention_heads": 16, "layer_types": ["linear_attention", "full_attention"],
+        },
+    )
+}  # fmt: skip
 CHIPS = {
     "v6e:2x2": DeviceFacts("tpu", 32 << 30, True, "v6e"),
     "v5p:2x2x1": DeviceFacts("tpu", 95 << 30, True, "v5p"),
@@ -73,7 +91,14 @@ def compile_for(chip: str, program: Program) -> Memory:
 
 def config_for(model: ModelConfig, chip: str, **options: Any) -> EngineConfig:
     config = resolve(EngineOptions(max_model_len=8192, **options), model, "bfloat16", CHIPS[chip])
-    return replace(config, num_pages=POOL_BYTES // page_bytes(model, config))
+    bytes_a_page = page_bytes(model, config)
+    useful = config.max_num_seqs * config.max_pages_per_seq
+    return replace(config, num_pages=POOL_BYTES // bytes_a_page if bytes_a_page else useful)
+
+
+def pool_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of what the layers keep: pages and recurrent states."""
+    return config.num_pages * page_bytes(model, config) + state_bytes(model, config)
 
 
 def first_layers(model: ModelConfig, count: int) -> ModelConfig:
@@ -106,6 +131,9 @@ def cases() -> Iterator[Any]:
             for form, options in PACKED.items():
                 for kind in ("decode", "prefill"):
                     yield pytest.param(model, kind, chip, options, marks=[slow], id=f"{name}-2-{form}-{kind}-{chip}")
+        for name, model in RECURRENT.items():
+            for kind in ("decode", "prefill"):
+                yield pytest.param(model, kind, chip, {}, marks=[slow], id=f"{name}-2-{kind}-{chip}")
 
 
 @pytest.mark.aot
@@ -115,13 +143,15 @@ def test_step_compiles_without_a_second_pool(model: ModelConfig, kind: str, chip
     config = config_for(model, chip, **options)
     program = step_program(model, config, KEYS[kind])
     memory = compile_for(chip, program)
-    pool = config.num_pages * page_bytes(model, config)
+    pool = pool_bytes(model, config)
     assert memory.aliased >= pool, "the donated pool must be updated in place"
     assert memory.temporary < pool / 4, f"{memory.temporary:,} bytes of temporaries beside a pool of {pool:,}"
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("model", [SMOLLM2, LLAMA_8B, LLAMA_70B, QWEN3_30B, *FAMILIES.values()], ids=lambda m: m.family)
+@pytest.mark.parametrize(
+    "model", [SMOLLM2, LLAMA_8B, LLAMA_70B, QWEN3_30B, *FAMILIES.values(), *RECURRENT.values()], ids=lambda m: m.family
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["float", "packed"])
 def test_steps_run_on_kernels(model: ModelConfig, chip: str, packed: bool) -> None:
     """Not on their references, but for what a backend's own lowering does as well: see docs/kernels."""
@@ -138,6 +168,8 @@ def test_steps_run_on_kernels(model: ModelConfig, chip: str, packed: bool) -> No
 def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
     """Ops that no kernel serves, as docs/architecture.md's table says."""
     ops = {"expanded_prefill"} if model.latent else set()
+    if model.recurrence:
+        ops |= {"short_conv", "ssd", "gated_delta"}
     if platform == "gpu":
         ops |= {"kv_write"} | ({"quantized_matmul", "grouped_matmul"} if packed else set())
         if model.latent:
