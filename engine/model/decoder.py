@@ -111,7 +111,7 @@ def _experts(config: ModelConfig, target: Target, x: Array, weights: Params) -> 
     every = gated_mlp(x, shared, config.activation, mlp_block(config.experts.shared_size), target)
     if config.experts.shared_gate:
         gate = jax.nn.sigmoid(linear(x, weights["shared_gate"], target).astype(jnp.float32))
-        every = (every * gate).astype(x.dtype)
+        every = (every.astype(jnp.float32) * gate).astype(x.dtype)
     return out + every
 
 

@@ -77,7 +77,7 @@ def attention(
     out = out.reshape(tokens, -1)
     if config.attention_gate:
         gate = linear(x, weights["attn_gate"], target).astype(jnp.float32)
-        out = (out * jax.nn.sigmoid(gate)).astype(x.dtype)
+        out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(x.dtype)
     out = linear(out, weights["o"], target)
     return out + weights["o_bias"][None] if config.output_bias else out, cache
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from engine.model.config import LayerSpec, ModelConfig
+from engine.model.decoder import hidden_states
 from engine.model.params import param_specs
 from engine.model.rope import Context, make_rope
+from pallas_kernels.target import CPU
 from tests.model.models import NAMES, checkpoint, expected, params, relative_error
-from tests.oracle import naive_greedy, naive_logits
+from tests.oracle import DenseAttention, naive_greedy, naive_logits
 
 TOLERANCE = 1e-4
 
@@ -25,6 +28,23 @@ def test_logits_and_greedy_tokens(name: str) -> None:
         logits = naive_logits(config, params(name), case.prompt + case.greedy)
         assert relative_error(logits[case.positions], case.logits) < TOLERANCE
         assert logits[len(case.prompt) - 1 : -1].argmax(-1).tolist() == case.greedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_not_widened_on_the_way(name: str) -> None:
+    """Only traced: no part mixes dtypes without saying so, and the last hidden states are as the first."""
+    config = checkpoint(name).config
+    weights = {
+        key: jax.ShapeDtypeStruct(spec.device_shape, spec.dtype)
+        for key, spec in param_specs(config, np.dtype(jnp.bfloat16)).items()
+    }
+    tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
+
+    def forward(params, tokens):
+        caches = (None,) * config.num_layers
+        return hidden_states(config, params, tokens, tokens, caches, None, DenseAttention(None), CPU)[0]
+
+    assert jax.eval_shape(forward, weights, tokens).dtype == jnp.bfloat16
 
 
 def test_naive_greedy_is_the_same_loop() -> None:
@@ -175,9 +195,10 @@ SHOWN_ELSEWHERE = {
 
 
 def removals(rows):
-    for name, what, change in rows:
-        marks = [pytest.mark.slow] if (name, what) in SHOWN_ELSEWHERE else []
-        yield pytest.param(name, what, change, id=f"{name}-{what}", marks=marks)
+    return [
+        pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=[pytest.mark.slow] if row[:2] in SHOWN_ELSEWHERE else [])
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize(("name", "feature", "change"), removals(REMOVALS))
