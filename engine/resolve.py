@@ -80,11 +80,11 @@ def resolve(
     max_model_len = options.max_model_len or model.max_position
     if max_model_len > model.max_position:
         raise InvalidParam("max_model_len", f"{max_model_len} is more than the model's {model.max_position} positions")
-    dtype = _dtype(options.dtype, native_dtype, device)
+    dtype = dtype_of(options.dtype, native_dtype, device)
     seqs, checkpoints = _states(options, model, dtype, device)
     tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
     asked = options.quantization
-    target = Target(device.platform, device.chip, _implementations(options.kernel))
+    target = Target(device.platform, device.chip, implementations(options.kernel))
     return EngineConfig(
         dtype=dtype,
         max_model_len=max_model_len,
@@ -99,9 +99,9 @@ def resolve(
         page_size=options.page_size or defaults.page_size,
         num_pages=2,
         decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),
-        token_buckets=_ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
+        token_buckets=ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
         prefill_decode_buckets=(0, seqs),
-        decode_buckets=_ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
+        decode_buckets=ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
         enable_prefix_caching=options.enable_prefix_caching,
         overlap=options.overlap,
         max_queued_requests=options.max_queued_requests,
@@ -172,7 +172,7 @@ def _countless(config: EngineConfig, wanted_bytes: int | None, budget: int, devi
     return replace(config, num_pages=config.max_num_seqs * config.max_pages_per_seq + 1)
 
 
-def _implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """("op", "implementation") of each "op=implementation"."""
     found = []
     for text in asked:
@@ -183,13 +183,14 @@ def _implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _dtype(asked: str, native: str, device: DeviceFacts) -> Literal["bfloat16", "float32"]:
+def dtype_of(asked: str, native: str, device: DeviceFacts) -> Literal["bfloat16", "float32"]:
+    """As asked; auto is the checkpoint's, but float32 where bfloat16 is slower."""
     if asked == "float32" or (asked == "auto" and (native == "float32" or not device.fast_bfloat16)):
         return "float32"
     return "bfloat16"
 
 
-def _ladder(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+def ladder(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
     """smallest, smallest * factor, ... and at the end exactly `largest`."""
     sizes = []
     size = smallest

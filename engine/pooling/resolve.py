@@ -7,12 +7,12 @@ from engine.errors import InvalidParam, ModelError
 from engine.model.config import ModelConfig
 from engine.model.encoder_config import EncoderConfig
 from engine.pooling.config import Matryoshka, Pooling, PoolingConfig, PoolingKind
-from engine.resolve import DEFAULTS, DeviceFacts, _dtype, _implementations, _ladder
+from engine.resolve import DEFAULTS, DeviceFacts, dtype_of, implementations, ladder
 from pallas_kernels.target import Target
 
 SMALLEST_LENGTH = 8  # tokens: with two special ones, a text of a few words
 # Options that mean nothing without a cache or a next token.
-_OF_GENERATION = ("page_size", "kv_cache_memory_bytes", "decode_steps", "chat_template")
+_OF_GENERATION = ("page_size", "kv_cache_memory_bytes", "state_checkpoints", "decode_steps", "chat_template")
 
 
 def resolve_pooling(
@@ -38,7 +38,7 @@ def resolve_pooling(
     asked = options.quantization
     return PoolingConfig(
         task="score" if scores else "embed",
-        dtype=_dtype(options.dtype, native_dtype, device),
+        dtype=dtype_of(options.dtype, native_dtype, device),
         pooling=_kind(options, model, pooling, scores),
         normalize=next(flag for flag in (options.normalize, pooling.normalize, True) if flag is not None),
         matryoshka=Matryoshka(options.is_matryoshka or matryoshka.possible, matryoshka.dimensions),
@@ -47,10 +47,10 @@ def resolve_pooling(
         max_model_len=limit,
         max_num_seqs=options.max_num_seqs or tokens,
         max_num_batched_tokens=tokens,
-        length_buckets=_ladder(min(SMALLEST_LENGTH, limit), limit, 2),
-        token_buckets=_ladder(min(defaults.smallest_tokens, tokens), tokens, 4),
+        length_buckets=ladder(min(SMALLEST_LENGTH, limit), limit, 2),
+        token_buckets=ladder(min(defaults.smallest_tokens, tokens), tokens, 4),
         quantization=None if asked in ("auto", "stored", "none") else asked,
-        target=Target(device.platform, device.chip, _implementations(options.kernel)),
+        target=Target(device.platform, device.chip, implementations(options.kernel)),
         overlap=options.overlap,
         max_queued_requests=options.max_queued_requests,
     )

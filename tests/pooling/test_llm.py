@@ -191,6 +191,12 @@ def test_a_decoder_embeds_when_asked() -> None:
     assert np.abs(got - want).max() < TOLERANCE < np.abs(got - want[::-1]).max()
 
 
+@pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid"])
+def test_layers_that_keep_a_state_do_not_embed(name: str) -> None:
+    with pytest.raises(ModelError, match=r"embeddings from layers that keep a state .* are not supported"):
+        opened(f"../models/{name}", task="embed", skip_tokenizer_init=True)
+
+
 def changed(name: str, folder: Path, file: str, change: Any) -> Path:
     copy = shutil.copytree(FOLDER / name, folder / "model")
     value = json.loads((copy / file).read_text())
