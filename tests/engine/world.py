@@ -125,18 +125,25 @@ class World:
         return Engine(config, self.runner, vocab_size=self.model.vocab_size, counters=self.counters)
 
 
+def gain(name: str) -> np.float32:
+    """States outweigh the last token's own embedding."""
+    return np.float32(4 if name.endswith(("ssm_out", "delta_out")) else 1)
+
+
+def fading(name: str) -> np.float32:
+    """States last for tens of tokens."""
+    return np.float32(3 if name.endswith("dt_bias") else 0)
+
+
 @cache
 def world(kind: str = "float") -> World:
     model, config = KINDS[kind]
     rng = np.random.default_rng(3)
     params = {
-        name: jax.device_put(pack(spec, init_array(spec, rng), config.quantization))
+        name: jax.device_put(pack(spec, init_array(spec, rng) * gain(name) - fading(name), config.quantization))
         for name, spec in param_specs(model, jnp.dtype(jnp.float32)).items()
     }
     params["embed"] *= 4.0
-    # States that last for tens of tokens and outweigh the last token's own embedding.
-    params |= {name: a - 3 for name, a in params.items() if name.endswith("dt_bias")}
-    params |= {name: a * 4 for name, a in params.items() if name.endswith(("ssm_out", "delta_out"))}
     counters = Counters()
     executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, progress: None)
     runner = Runner(model, config, params, executables, counters)
