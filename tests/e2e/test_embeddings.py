@@ -11,8 +11,8 @@ import numpy as np
 import openai
 import pytest
 
-from tests.e2e.serving import Served, octavo, running
-from tests.pooling.test_minilm import COSINE, FIXTURE, cosines
+from tests.e2e.serving import Served, flags, octavo, running
+from tests.pooling.test_minilm import COSINE, FIXTURE, OPTIONS, cosines
 
 pytestmark = pytest.mark.model
 
@@ -23,7 +23,7 @@ MODEL = "all-minilm-l6-v2"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The options of test_minilm.py: equal options are equal programs, and those are compiled once."""
     folder = tmp_path_factory.mktemp("embeddings")
-    with running(folder, MODEL, max_num_seqs=None, max_num_batched_tokens=None) as served:
+    with running(folder, MODEL, max_num_seqs=None, **OPTIONS) as served:
         yield served
 
 
@@ -85,6 +85,6 @@ def test_a_batch_file(tmp_path: Path, server: Served) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     line = '{"custom_id": "%s", "method": "POST", "url": "/v1/embeddings", "body": {"input": "hello"}}\n'
     source.write_text("".join(line % i for i in range(3)))
-    done = octavo("batch", "-i", str(source), "-o", str(target), "--model", MODEL, "--dtype", "float32")
+    done = octavo("batch", "-i", str(source), "-o", str(target), "--model", MODEL, *flags(**OPTIONS))
     assert done.returncode == 0, done.stderr
     assert target.read_text().count('"status_code":200') == 3

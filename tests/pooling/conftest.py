@@ -19,7 +19,7 @@ def opened(name: str, **options: Any) -> LLM:
 
 @pytest.fixture(scope="session")
 def bert() -> Iterator[LLM]:
-    with opened("bert", max_model_len=60, max_num_batched_tokens=64, is_matryoshka=True) as llm:
+    with opened("bert", max_model_len=60, is_matryoshka=True) as llm:
         yield llm
 
 

@@ -157,7 +157,7 @@ def test_an_id_in_use_is_refused() -> None:
 
 
 def test_threads_drain_and_stop() -> None:
-    engine = engine_of(overlap=True, max_queued_requests=1000).start()
+    engine = engine_of(overlap=True, max_queued_requests=10_000).start()
     clients: list[Client] = []
 
     def client(number: int) -> None:

@@ -84,13 +84,14 @@ def test_neighbours_do_not_matter(name: str, request: pytest.FixtureRequest) -> 
     ids = [rng.integers(5, 100, length).tolist() for length in (9, 10, 11, 12, 16, 13)]
     alone = embeddings(llm, ids[0])[0]
     steps = llm.pooling_engine.stats().steps
-    first = embeddings(llm, [ids[0], *ids[1:3]])[0]
+    first = embeddings(llm, [rng.integers(5, 100, 20).tolist(), ids[0]])[1]  # rides in a step of longer texts
     second = embeddings(llm, [*ids[3:5], ids[0]])[-1]
     assert np.abs(first - alone).max() < 1e-6 and np.abs(second - alone).max() < 1e-6
     # The same program: another neighbour, another place on the token axis.
     one, other = embeddings(llm, [ids[0], ids[1]])[0], embeddings(llm, [ids[5], ids[0]])[1]
     assert (one == other).all()
-    assert llm.pooling_engine.stats().steps != steps
+    new = llm.pooling_engine.stats().steps
+    assert {name for name, count in new.items() if count > steps.get(name, 0)} >= {"pool_16_32", "pool_32_32"}
 
 
 def test_nothing_compiles_after_ready(bert: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from engine import LLM
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "minilm.npz"
+OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 128}  # fewer programs than the default's
 COSINE = 1e-5  # how far from one; the goal. In float32 it is a hundred times closer
 
 pytestmark = pytest.mark.model
@@ -23,7 +25,7 @@ def expected() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("all-minilm-l6-v2", dtype="float32") as model:
+    with LLM("all-minilm-l6-v2", **OPTIONS) as model:
         yield model
 
 
