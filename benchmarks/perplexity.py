@@ -25,11 +25,10 @@ from engine.batch import StepKey, step_layout
 from engine.config import DEFAULT_MODEL, EngineOptions, cache_root
 from engine.device import device_facts
 from engine.executables import NoProgramCache, compile_one
-from engine.load import load_params
+from engine.load import configure, load_params
 from engine.model.weights import open_checkpoint
 from engine.programs import logits_program, page_bytes
 from engine.registry import resolve_model
-from engine.resolve import resolve
 from engine.runner import Runner
 from engine.stats import Counters
 from engine.text import load_tokenizer
@@ -42,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights int8": {"quantization": "int8"},
     "weights fp8": {"quantization": "fp8"},
     "weights int4": {"quantization": "int4"},
+    "weights stored": {"quantization": "stored"},  # the default model's are Q4_1
     "KV int8": {"kv_cache_dtype": "int8"},
     "KV fp8 e4m3": {"kv_cache_dtype": "fp8_e4m3"},
     "KV fp8 e5m2": {"kv_cache_dtype": "fp8_e5m2"},
@@ -57,7 +57,7 @@ class Scorer:
         path = resolve_model(model, cache_dir=cache_root(options.cache_dir), revision=None)
         checkpoint = open_checkpoint(path)
         self.tokenizer = load_tokenizer(path)
-        config = resolve(options, checkpoint.config, checkpoint.dtype, device_facts())
+        config = configure(options, checkpoint, device_facts())
         self.num_pages = config.max_pages_per_seq
         self.config = replace(config, num_pages=1 + self.num_pages)
         params = load_params(checkpoint, self.config, lambda phase, progress: None)
@@ -96,7 +96,10 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=24, help=f"of {PIECE_TOKENS} tokens each")
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), help="settings (default: all)")
     args = parser.parse_args()
-    found = {name: measure(args.model, SETTINGS[name], args.pieces) for name in args.only or SETTINGS}
+    found = {}
+    for name in args.only or SETTINGS:
+        found[name] = measure(args.model, SETTINGS[name], args.pieces)
+        print(f"{name}: {found[name]['perplexity']:.3f}", flush=True)
     rows = [
         (
             name,

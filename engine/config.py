@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from engine.errors import InvalidParam
 from engine.model.packing import Packings
 from pallas_kernels.target import KVDtype, Target
+from sharding.shards import WHOLE, Shards
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -48,6 +49,7 @@ class EngineOptions:
         "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows; stored "
         "keeps what the checkpoint has packed, none makes it float, auto is stored on a TPU or GPU and none on a CPU",
     )
+    sharding: str = option("single", "how the model is cut over the devices: a name in configs/sharding or a YAML file")
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
     decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
     overlap: bool = option(True, "launch a step before the tokens of the last one are read")
@@ -108,6 +110,7 @@ class EngineConfig:
     max_queued_requests: int
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
+    shards: Shards = WHOLE  # what is cut over which devices
     state_checkpoints: int | None = None  # recurrent states kept for prefix reuse; None: no layer has a state
 
     @property

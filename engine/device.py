@@ -29,11 +29,14 @@ def device_facts() -> DeviceFacts:
     device = jax.devices()[0]
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return DeviceFacts("cpu", memory, fast_bfloat16=_cpu_has_bfloat16())
+        count = jax.device_count()  # which share the machine's memory
+        return DeviceFacts("cpu", memory // count, fast_bfloat16=_cpu_has_bfloat16(), count=count)
     stats = device.memory_stats() or {}
     platform = "tpu" if device.platform == "tpu" else "gpu"
     memory = int(stats.get("bytes_limit", 16 << 30))
-    return DeviceFacts(platform, memory, fast_bfloat16=True, chip=chip_name(device.device_kind))
+    return DeviceFacts(
+        platform, memory, fast_bfloat16=True, chip=chip_name(device.device_kind), count=jax.device_count()
+    )
 
 
 def chip_name(kind: str) -> str:

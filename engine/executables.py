@@ -21,12 +21,14 @@ from typing import Any
 import jax
 from jax import Array
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.errors import CapacityError, ModelError
 from engine.stats import Counters
 
 log = logging.getLogger("octavo.engine")
 Report = Callable[[str, float], None]  # phase, progress 0 to 1
+Shapes = jax.ShapeDtypeStruct
 _PACKAGES = ("engine", "pallas_kernels", "sharding")
 
 
@@ -39,19 +41,38 @@ class Program:
     inputs: tuple[Any, ...]
     donated: tuple[int, ...]  # indices into inputs
     outputs: tuple[Any, ...]
+    mesh: Mesh | None = None  # the function is mapped over it, and sees one device's share of what is cut
+    cuts: tuple[Any, Any] = ((), ())  # with a mesh: PartitionSpecs of the inputs, and of what the function returns
 
     def lower(self) -> jax.stages.Lowered:
         """Trace and lower with one flat argument a leaf."""
         leaves, structure = jax.tree.flatten(self.inputs)
+        function = self.function
+        if self.mesh is not None:
+            function = jax.shard_map(
+                function, mesh=self.mesh, in_specs=self.cuts[0], out_specs=self.cuts[1], check_vma=False
+            )
+            places = jax.tree.leaves(placed(self.mesh, self.inputs, self.cuts[0]))
+            leaves = [Shapes(s.shape, s.dtype, sharding=at) for s, at in zip(leaves, places, strict=True)]
         counts = [len(jax.tree.leaves(tree)) for tree in self.inputs]
         starts = [sum(counts[:i]) for i in range(len(counts))]
         donate = [j for i in self.donated for j in range(starts[i], starts[i] + counts[i])]
 
         def flat(*args: Array) -> tuple[Array, ...]:
-            return tuple(jax.tree.leaves(self.function(*jax.tree.unflatten(structure, args))))
+            return tuple(jax.tree.leaves(function(*jax.tree.unflatten(structure, args))))
 
         flat.__name__ = self.name
         return jax.jit(flat, donate_argnums=donate).lower(*leaves)
+
+
+def placed(mesh: Mesh, tree: Any, cuts: Any) -> Any:
+    """The sharding of every leaf of `tree`, of which `cuts` is a prefix."""
+    return jax.tree.map(
+        lambda cut, part: jax.tree.map(lambda _: NamedSharding(mesh, cut), part),
+        cuts,
+        tree,
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )
 
 
 @dataclass(frozen=True)

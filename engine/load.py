@@ -18,7 +18,7 @@ import numpy as np
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig, EngineOptions, cache_root
 from engine.device import device_facts
-from engine.errors import CapacityError
+from engine.errors import CapacityError, InvalidParam
 from engine.executables import (
     Executable,
     NoProgramCache,
@@ -27,6 +27,7 @@ from engine.executables import (
     compile_all,
     compile_one,
     count_compiles,
+    placed,
 )
 from engine.kernels import kernel_choices
 from engine.loop import Engine
@@ -35,12 +36,14 @@ from engine.model.params import param_specs
 from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
-from engine.programs import page_bytes, param_shapes, serving_programs, slots_of, state_bytes, step_program
+from engine.programs import held_bytes, page_bytes, param_cuts, serving_programs, step_program
 from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
 from pallas_kernels.quantized import Quantized
+from sharding.mesh import mesh_of
+from sharding.rules import ShardingError, load_strategy
 
 log = logging.getLogger("octavo.engine")
 CacheFor = Callable[[EngineConfig], ProgramCache]
@@ -62,13 +65,14 @@ def load_engine(options: EngineOptions, path: Path, report: Report = lambda phas
     def cache_for(config: EngineConfig) -> ProgramCache:
         return ProgramCache(root, model=model, config=config) if options.compile_cache else NoProgramCache()
 
-    config = _configure(options, checkpoint, device)
+    config = configure(options, checkpoint, device)
     config = size_pool(options, model, config, device, cache_for)
     log.info("%s on %s: %s", options.model, device.platform, config.summary())
     for line in kernel_choices(model, config):
         log.info("%s", line)
     params = load_params(checkpoint, config, report)
-    executables = compile_all(serving_programs(model, config), cache_for(config), report)
+    programs = serving_programs(model, config, mesh_of(config.shards))
+    executables = compile_all(programs, cache_for(config), report)
     _check_fits(model, config, executables, device)
     report("warm up", 0.0)
     runner = Runner(model, config, params, executables, counters)
@@ -90,12 +94,16 @@ def load_engine(options: EngineOptions, path: Path, report: Report = lambda phas
     return engine
 
 
-def _configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts) -> EngineConfig:
+def configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts) -> EngineConfig:
     """Resolved for a checkpoint that may be quantized; says what becomes of it."""
     specs = param_specs(checkpoint.config, jnp.dtype(checkpoint.dtype))
     stored = checkpoint.stored(specs)
     packings = tuple((name, weight.packing) for name, weight in stored.items() if weight.packing)
-    config = resolve(options, checkpoint.config, checkpoint.dtype, device, packings)
+    try:
+        strategy = load_strategy(options.sharding)
+        config = resolve(options, checkpoint.config, checkpoint.dtype, device, packings, strategy)
+    except ShardingError as error:
+        raise InvalidParam("sharding", str(error)) from None
     if config.quantization is None:
         specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
         for line in summary(stored, dict(config.stored), specs):
@@ -115,15 +123,17 @@ def tokenizer_of(options: EngineOptions, path: Path) -> Tokenizer:
 
 
 def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Any]:
-    """All weights on the device, one at a time, in the engine's dtype or packed as asked."""
+    """All weights on the devices, one at a time, each in its shards, in the engine's dtype or packed as asked."""
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
+    mesh, cuts = mesh_of(config.shards), param_cuts(checkpoint.config, config)
     loaded = 0
 
     def put(name: str, array: np.ndarray | Quantized) -> Any:
         nonlocal loaded
         loaded += 1
         report("load weights", loaded / len(specs))
-        return jax.device_put(pack(specs[name], array, config.quantization))
+        packed = pack(specs[name], array, config.quantization)
+        return jax.device_put(packed, None if mesh is None else placed(mesh, packed, cuts[name]))
 
     params = checkpoint.load(specs, put, dict(config.stored))
     jax.block_until_ready(params)
@@ -138,7 +148,7 @@ def size_pool(
     Where memory binds, the largest programs are compiled with the smallest pool to learn
     their temporary memory: the pool is donated, so its size does not change theirs.
     """
-    used = _held_bytes(model, config)
+    used = held_bytes(model, config)
 
     def sized(temporary: int) -> EngineConfig:
         return with_pages(config, options.kv_cache_memory_bytes, page_bytes(model, config), used + temporary, device)
@@ -148,7 +158,9 @@ def size_pool(
         if ample == sized(0):
             return ample
     largest = max(lattice(config)), StepKey(0, config.decode_buckets[-1])
-    probes = [compile_one(step_program(model, config, key), cache_for(config)) for key in largest]
+    probes = [
+        compile_one(step_program(model, config, key, mesh_of(config.shards)), cache_for(config)) for key in largest
+    ]
     return sized(max(_extra_bytes(probe) for probe in probes))
 
 
@@ -157,7 +169,7 @@ def _check_fits(
 ) -> None:
     """The compiler's own account of the hungriest program against the device."""
     pool = config.num_pages * page_bytes(model, config)
-    used = _held_bytes(model, config) + pool
+    used = held_bytes(model, config) + pool
     hungriest = max(executables.values(), key=_extra_bytes)
     if used + _extra_bytes(hungriest) > device.memory_bytes:
         raise CapacityError(
@@ -169,12 +181,3 @@ def _check_fits(
 def _extra_bytes(executable: Executable) -> int:
     memory = executable.memory()
     return memory.temporary + memory.code + memory.outputs - memory.aliased
-
-
-def _held_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Weights, slots and recurrent states."""
-    return _bytes(param_shapes(model, config)) + _bytes(slots_of(model, config)) + state_bytes(model, config)
-
-
-def _bytes(shapes: object) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -15,6 +15,7 @@ from engine.executables import NoProgramCache, compile_one
 from engine.loop import Engine
 from engine.programs import logits_program
 from engine.runner import Runner
+from sharding.mesh import mesh_of
 
 CHUNK_TOKENS = 128  # a chunk's logits are held at once: tokens x vocabulary x 4 bytes
 
@@ -29,7 +30,9 @@ class TokenLogits:
         config = engine.config
         self.chunk = next((size for size in config.token_buckets if size >= CHUNK_TOKENS), config.token_buckets[-1])
         self.layout = step_layout(config, StepKey(self.chunk, 0))
-        self.executable = compile_one(logits_program(self.runner.model, config, self.chunk), NoProgramCache())
+        self.executable = compile_one(
+            logits_program(self.runner.model, config, self.chunk, mesh_of(config.shards)), NoProgramCache()
+        )
 
     def __call__(self, token_ids: Sequence[int]) -> np.ndarray:
         config = self.engine.config

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from engine import steps
 from engine.batch import StepKey, configure_layout, lattice, step_layout
 from engine.config import EngineConfig
+from engine.errors import ModelError
 from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
+from engine.model.place import local_model
 from engine.model.quantization import packed_shape, packing_of
 from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
 from engine.steps import Compute
 from pallas_kernels.kv_layout import kv_layout
+from sharding.mesh import param_cut, parts_of
+from sharding.params import ParamSpec
+from sharding.shards import Shards
 
 Shapes = jax.ShapeDtypeStruct
 
@@ -33,25 +40,67 @@ def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
 
 def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:
-    """What the programs are traced from."""
+    """What the programs are traced from: one device's share of the model."""
     dtype, platform = config.kv_cache_dtype, config.target.platform
+    local = local_model(model, config.shards)
     if model.latent is None:
-        layout = kv_layout(model.num_kv_heads, model.head_dim, dtype, platform)
+        layout = kv_layout(local.num_kv_heads, model.head_dim, dtype, platform)
     else:
         layout = kv_layout(1, model.latent.row_dim, dtype, platform, value_dim=model.latent.kv_rank)
-    return Compute(model, layout, config.page_size, config.target)
+    return Compute(local, layout, config.page_size, config.target, config.shards)
+
+
+def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+    """How each parameter (or each array of a packed one) is cut over the mesh; the tree of `param_shapes`.
+
+    Raises ModelError where a cut would go through a group of rows that share a scale.
+    """
+    specs = param_specs(model, jnp.dtype(config.dtype))
+    return {
+        name: jax.tree.map(partial(_cut_of, config.shards, name, specs[name]), shape)
+        for name, shape in param_shapes(model, config).items()
+    }
+
+
+def _cut_of(shards: Shards, name: str, spec: ParamSpec, leaf: Shapes) -> PartitionSpec:
+    """Of one array of the parameter: a scale that all rows share is on every device that has some."""
+    cut = param_cut(shards, spec)
+    for size, axes in zip(leaf.shape, cut, strict=True):
+        parts = shards.parts(axes)
+        if size > 1 and size % parts:
+            raise ModelError(f"sharding: {name} has {size} groups of packed rows, which do not divide over {parts}")
+    return PartitionSpec(*(axes if size > 1 else None for size, axes in zip(leaf.shape, cut, strict=True)))
+
+
+def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes on one device of weights, slots and recurrent states."""
+    shapes, cuts = param_shapes(model, config), param_cuts(model, config)
+    weights = jax.tree.map(lambda leaf, cut: _bytes(leaf) // parts_of(config.shards, cut), shapes, cuts)
+    slots = sum(map(_bytes, jax.tree.leaves(slots_of(model, config))))
+    return sum(jax.tree.leaves(weights)) + slots + state_bytes(model, config)
+
+
+def _bytes(leaf: Shapes) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:
+    """Of what each layer keeps. Pages are cut by KV heads; a latent row serves all heads and is on every device."""
+    pages = PartitionSpec(None, None, config.shards.axes("kv_heads") or None if model.latent is None else None)
+    return tuple(PartitionSpec() if layer.recurrent else pages for layer in model.layers)
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerStates, ...]:
     """What each layer keeps, abstract: pages [pages, page_size, layout.width], or recurrent states."""
     layout = compute_of(model, config).kv
-    pages = Shapes((config.num_pages, config.page_size, layout.width), jnp.dtype(layout.dtype))
+    parts = 1 if model.latent else config.shards.count("kv_heads")
+    pages = Shapes((config.num_pages, config.page_size, parts * layout.width), jnp.dtype(layout.dtype))
     states = None if model.recurrence is None else states_shape(model, config.num_states, config.dtype)
     return tuple(states if layer.recurrent and states else pages for layer in model.layers)
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Bytes of one page in all layers; 0 where no layer attends."""
+    """Bytes on one device of one page in all layers; 0 where no layer attends."""
     num_paged = model.num_layers - model.num_recurrent_layers
     return config.page_size * compute_of(model, config).kv.token_bytes * num_paged
 
@@ -61,12 +110,15 @@ def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return config.num_states * model.state_bytes(jnp.dtype(config.dtype).itemsize)
 
 
-def serving_programs(model: ModelConfig, config: EngineConfig) -> list[Program]:
-    """The closed set: nothing else runs on the device while serving."""
-    return [*(step_program(model, config, key) for key in lattice(config)), configure_program(model, config)]
+def serving_programs(model: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> list[Program]:
+    """The closed set: nothing else runs on the device while serving. mesh: of `config.shards`."""
+    return [
+        *(step_program(model, config, key, mesh) for key in lattice(config)),
+        configure_program(model, config, mesh),
+    ]
 
 
-def step_program(model: ModelConfig, config: EngineConfig, key: StepKey) -> Program:
+def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: Mesh | None = None) -> Program:
     layout = step_layout(config, key)
     if key.tokens:
         function = partial(steps.prefill_step, compute_of(model, config), layout)
@@ -76,28 +128,39 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey) -> Prog
         output = steps.empty_output_shape(key.rows, config.decode_steps, 0)
     state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
     vector = Shapes((layout.size,), jnp.int32)
-    return Program(key.name, function, (*state, vector), donated=(1, 2), outputs=(state[1], state[2], output))
+    program = Program(key.name, function, (*state, vector), donated=(1, 2), outputs=(state[1], state[2], output))
+    return _mapped(program, model, config, mesh)
 
 
-def logits_program(model: ModelConfig, config: EngineConfig, tokens: int) -> Program:
+def _mapped(program: Program, model: ModelConfig, config: EngineConfig, mesh: Mesh | None) -> Program:
+    """A step's program over the mesh: parameters and pages are cut, slots, vector and output are everywhere."""
+    kv, everywhere = kv_cuts(model, config), PartitionSpec()
+    cuts = ((param_cuts(model, config), kv, everywhere, everywhere), (kv, everywhere, everywhere))
+    return program if mesh is None else replace(program, mesh=mesh, cuts=cuts)
+
+
+def logits_program(model: ModelConfig, config: EngineConfig, tokens: int, mesh: Mesh | None = None) -> Program:
     """Logits of every token of a chunk: for research, outside the serving set."""
     layout = step_layout(config, StepKey(tokens, 0))
     state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
     logits = Shapes((tokens, model.vocab_size), jnp.float32)
-    return Program(
+    program = Program(
         f"logits_{tokens}",
         partial(steps.token_logits, compute_of(model, config), layout),
         (*state, Shapes((layout.size,), jnp.int32)),
         donated=(1, 2),
         outputs=(state[1], state[2], logits),
     )
+    return _mapped(program, model, config, mesh)
 
 
-def configure_program(model: ModelConfig, config: EngineConfig) -> Program:
+def configure_program(model: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> Program:
     layout = configure_layout(config, model.vocab_size)
     slots = slots_of(model, config)
     inputs = (slots, Shapes((layout.size,), jnp.int32))
-    return Program("configure", partial(steps.configure, layout), inputs, donated=(0,), outputs=(slots,))
+    program = Program("configure", partial(steps.configure, layout), inputs, donated=(0,), outputs=(slots,))
+    everywhere = PartitionSpec()
+    return program if mesh is None else replace(program, mesh=mesh, cuts=((everywhere, everywhere), everywhere))
 
 
 def slots_of(model: ModelConfig, config: EngineConfig) -> Slots:

@@ -12,7 +12,9 @@ from engine.config import EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.packing import Packings
+from engine.model.params import axis_sizes
 from pallas_kernels.target import KVDtype, Target
+from sharding.rules import SINGLE, Strategy
 
 GIB = 1 << 30
 CPU_KV_BYTES = 1 * GIB  # enough for dozens of chats with a small model; the rest stays the user's
@@ -47,6 +49,7 @@ class DeviceFacts:
     memory_bytes: int  # of one device; for a CPU, of the machine
     fast_bfloat16: bool
     chip: str = "cpu"  # as `pallas_kernels.target` names it
+    count: int = 1  # devices of the process
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,16 @@ DEFAULTS = {
 
 
 def resolve(
-    options: EngineOptions, model: ModelConfig, native_dtype: str, device: DeviceFacts, stored: Packings = ()
+    options: EngineOptions,
+    model: ModelConfig,
+    native_dtype: str,
+    device: DeviceFacts,
+    stored: Packings = (),
+    strategy: Strategy = SINGLE,
 ) -> EngineConfig:
     """Concrete configuration but for the KV pool, which `with_pages` sizes (num_pages is 2 until then).
 
-    stored: the parameters that the checkpoint has packed, and how.
+    stored: the parameters that the checkpoint has packed, and how. strategy: `options.sharding`, read.
     """
     defaults = DEFAULTS[device.platform]
     max_model_len = options.max_model_len or model.max_position
@@ -96,6 +104,7 @@ def resolve(
         stored=stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else (),
         state_checkpoints=checkpoints,
         target=target,
+        shards=strategy.shards(axis_sizes(model), device.count),
         page_size=options.page_size or defaults.page_size,
         num_pages=2,
         decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),

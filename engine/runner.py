@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from engine.batch import (
     StepKey,
@@ -25,12 +26,13 @@ from engine.batch import (
     step_layout,
 )
 from engine.config import EngineConfig
-from engine.executables import Executable
+from engine.executables import Executable, placed
 from engine.model.config import ModelConfig
 from engine.plan import PromptLogprobs, RowResult, StepPlan, StepResult
-from engine.programs import kv_shapes, slots_of
+from engine.programs import kv_cuts, kv_shapes, slots_of
 from engine.stats import Counters
 from engine.steps import StepOutput
+from sharding.mesh import mesh_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Runner:
         self.config = config
         self.executables = executables
         self.counters = counters
+        self._mesh = mesh_of(config.shards)
         self._params = jax.tree.leaves(params)
         self._layouts = {key: step_layout(config, key) for key in lattice(config)}
         self._configure_layout = configure_layout(config, model.vocab_size)
@@ -105,8 +108,9 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh KV cache and slots, as at start or after a failed step."""
-        self._kv = _zeros(kv_shapes(self.model, self.config))
-        self._slots = _zeros(slots_of(self.model, self.config))
+        kv, slots = kv_shapes(self.model, self.config), slots_of(self.model, self.config)
+        self._kv = _zeros(kv, self._mesh, kv_cuts(self.model, self.config))
+        self._slots = _zeros(slots, self._mesh, PartitionSpec())
 
     def launch(self, plan: StepPlan) -> Pending:
         """Send the plan to the device: one transfer, one dispatch, more only for unusual admissions."""
@@ -147,8 +151,10 @@ class Runner:
         return output
 
 
-def _zeros(shapes: Any) -> Rows[Array]:
-    return [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes)]
+def _zeros(shapes: Any, mesh: Mesh | None, cuts: Any) -> Rows[Array]:
+    leaves = jax.tree.leaves(shapes)
+    places = [None] * len(leaves) if mesh is None else jax.tree.leaves(placed(mesh, shapes, cuts))
+    return [jnp.zeros(leaf.shape, leaf.dtype, device=at) for leaf, at in zip(leaves, places, strict=True)]
 
 
 def _detail(output: StepOutput) -> tuple[Array, Array, Array]:

@@ -18,6 +18,7 @@ from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.model import decoder
 from engine.model.config import ModelConfig
 from engine.model.layers import Params
+from engine.model.place import Place
 from engine.recur import LayerStates
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
@@ -25,6 +26,7 @@ from engine.slots import Sampling, Slots, add_pages
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.states import PrefillStates
 from pallas_kernels.target import Target
+from sharding.shards import WHOLE, Shards
 
 # What each layer keeps: pages [pages, page_size, layout.width], see `pallas_kernels.kv_layout`, or states.
 KV = tuple[Array | LayerStates, ...]
@@ -39,6 +41,11 @@ class Compute:
     kv: KVLayout
     page_size: int
     target: Target
+    shards: Shards = WHOLE  # model, kv layout and what the programs hold are one device's share
+
+    @property
+    def place(self) -> Place:
+        return Place(self.target, self.shards)
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +90,7 @@ def decode_step(
         drawing, position = is_drawing(i, slots), slots.position[slot]
         rows = DecodeRows(slot, position, drawing, tables)
         kv, hidden = forward(compute, params, kv, slots.last_token[slot], rows, None)
-        drawn = sampler.draw(decoder.logits(compute.model, params, hidden), slots, slot, sampling, position + 1)
+        drawn = sampler.draw(logits_of(compute, params, hidden), slots, slot, sampling, position + 1)
         out = record(out, i, drawn, drawing)
         return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
 
@@ -113,7 +120,7 @@ def prefill_step(
     length = jnp.concatenate([slots.position[riders] + 1, batch["position"] + batch["q_len"]])
     drawing = jnp.concatenate([slots.active[riders], batch["samples"] != 0])
     sampling = slots.sampling.rows(slot)
-    logits = decoder.logits(compute.model, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
+    logits = logits_of(compute, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
     drawn = sampler.draw(logits, slots, slot, sampling, length)
     out = record(empty_output(slot.shape[0], 1), jnp.int32(0), drawn, drawing)
     out = replace(
@@ -135,7 +142,7 @@ def token_logits(
     none = jnp.zeros((0,), jnp.int32)
     nobody = DecodeRows(none, none, none != 0, slots.block_tables[:0])
     kv, hidden = forward(compute, params, kv, batch["tokens"], nobody, prefill_rows(batch))
-    return kv, slots, decoder.logits(compute.model, params, hidden)
+    return kv, slots, logits_of(compute, params, hidden)
 
 
 def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
@@ -169,7 +176,7 @@ def forward(
     """Hidden states [tokens, embed] of decode rows then prefill tokens; their KV is written first."""
     view, positions = cache_view(decode, prefill, tokens.shape[0], compute.page_size)
     attend = Memory(compute.kv, compute.target)
-    hidden, kv = decoder.hidden_states(compute.model, params, tokens, positions, kv, view, attend, compute.target)
+    hidden, kv = decoder.hidden_states(compute.model, params, tokens, positions, kv, view, attend, compute.place)
     return kv, hidden
 
 
@@ -180,6 +187,11 @@ def prefill_rows(batch: dict[str, Array]) -> PrefillRows:
         rows = (batch["q_start"], batch["q_len"], batch["state_source"], batch["slot"])
         states = PrefillStates(*rows, copy_to=batch["checkpoint"], copy_at=batch["checkpoint_at"])
     return PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"], states)
+
+
+def logits_of(compute: Compute, params: Params, hidden: Array) -> Array:
+    """float32 [rows, vocab], on every device."""
+    return decoder.logits(compute.model, params, hidden, compute.place)
 
 
 def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
@@ -251,7 +263,7 @@ def prompt_logprobs(compute: Compute, params: Params, hidden: Array, next_tokens
     next_tokens = jnp.pad(next_tokens, (0, pad)).reshape(blocks, size)
 
     def of_block(block: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        return sampler.logprobs_of(decoder.logits(compute.model, params, block[0]), block[1])
+        return sampler.logprobs_of(logits_of(compute, params, block[0]), block[1])
 
     if unrolled:
         cut = [of_block((hidden[i], next_tokens[i])) for i in range(blocks)]

@@ -17,10 +17,10 @@ from jax import Array
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
 from engine.model.mixers import AttentionInput, RecurrentInput
+from engine.model.place import ALONE
 from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
 from pallas_kernels.ssd.api import SSDInput
-from pallas_kernels.target import CPU
 
 
 def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int], kv: KVLayout | None = None) -> np.ndarray:
@@ -46,7 +46,7 @@ def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], nu
 def _forward(config: ModelConfig, kv: KVLayout | None, params: dict, tokens: Array) -> Array:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     no_caches = (None,) * config.num_layers
-    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, DenseAttention(kv), CPU)
+    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, DenseAttention(kv), ALONE)
     return logits(config, params, hidden)
 
 

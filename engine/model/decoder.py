@@ -19,8 +19,8 @@ from engine.model.layers import Params, gated_mlp, linear, rms_norm, rope_cos_si
 from engine.model.mixers import MIXERS, Attend, Rotation
 from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
+from engine.model.place import ALONE, Place
 from pallas_kernels.products import product
-from pallas_kernels.target import Target
 
 
 def hidden_states(
@@ -31,19 +31,20 @@ def hidden_states(
     caches: Sequence[Any],
     view: Any,
     attend: Attend,
-    target: Target,
+    place: Place,
 ) -> tuple[Array, tuple[Any, ...]]:
     """Last hidden states [tokens, embed] before the final norm, and the layers' new caches.
 
     tokens, positions: int32 [tokens]. params: see `engine.model.params`. caches: one a layer.
+    config, params and caches are one device's share of them, see `local_model`.
     """
-    x = params["embed"][tokens]
+    x = _embed(place, params["embed"], tokens)
     x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
     ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
     new = []
     for i, spec in enumerate(config.layers):
         rope = ropes[spec.rope] if spec.rope else None
-        x, cache = _layer(config, spec, attend, target, layer_params(params, i), x, rope, view, caches[i])
+        x, cache = _layer(config, spec, attend, place, layer_params(params, i), x, rope, view, caches[i])
         new.append(cache)
     return x, tuple(new)
 
@@ -54,7 +55,7 @@ def _layer(
     config: ModelConfig,
     spec: LayerSpec,
     attend: Attend,
-    target: Target,
+    place: Place,
     weights: Params,
     x: Array,
     rope: Rotation,
@@ -63,20 +64,29 @@ def _layer(
 ) -> tuple[Array, Any]:
     hidden = _norm_before(config, x, weights.get("attn_norm"))
     see = partial(attend, config, spec, view, cache)
-    hidden, cache = MIXERS[spec.mixer](config, target, hidden, weights, rope, see)
+    hidden, cache = MIXERS[spec.mixer](config, place, hidden, weights, rope, see)
     x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
     if spec.ffn == "none":
         return x, cache
     hidden = _norm_before(config, x, weights.get("mlp_norm"))
-    hidden = FFNS[spec.ffn](config, target, hidden, weights)
+    hidden = FFNS[spec.ffn](config, place, hidden, weights)
     return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache
 
 
-def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
+def _embed(place: Place, table: Array, tokens: Array) -> Array:
+    """[tokens, embed]; of a table that is cut, each device has some tokens' rows."""
+    if not place.shards.axes("vocab"):
+        return table[tokens]
+    mine = tokens - place.index("vocab") * table.shape[0]
+    has = (mine >= 0) & (mine < table.shape[0])
+    return place.sum(jnp.where(has[:, None], table[jnp.where(has, mine, 0)], 0), "vocab")
+
+
+def logits(config: ModelConfig, params: Params, hidden: Array, place: Place = ALONE) -> Array:
     """float32 [rows, vocab] from hidden states [rows, embed]."""
     hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
     weight = params["embed"] if config.tie_embeddings else params["lm_head"]
-    out = product("te,ve->tv", hidden, weight)
+    out = place.gather(product("te,ve->tv", hidden, weight), "vocab")
     return softcap(out * config.logits_multiplier, config.final_softcap)
 
 
@@ -96,21 +106,21 @@ def _add_residual(config: ModelConfig, x: Array, hidden: Array, post_norm: Array
     return x + hidden * jnp.asarray(config.residual_multiplier, x.dtype)
 
 
-def _gated(config: ModelConfig, target: Target, x: Array, weights: Params) -> Array:
-    return gated_mlp(x, weights, config.activation, mlp_block(config.intermediate_size), target)
+def _gated(config: ModelConfig, place: Place, x: Array, weights: Params) -> Array:
+    return gated_mlp(x, weights, config.activation, mlp_block(config.intermediate_size), place)
 
 
-def _experts(config: ModelConfig, target: Target, x: Array, weights: Params) -> Array:
+def _experts(config: ModelConfig, place: Place, x: Array, weights: Params) -> Array:
     """The token's experts, and the shared one if there is one."""
     if config.experts is None:
         raise ValueError("the config has no experts")
-    out = expert_mlps(config.experts, config.activation, x, weights, target)
+    out = expert_mlps(config.experts, config.activation, x, weights, place)
     if not config.experts.shared_size:
         return out
     shared = {"gate_up": weights["shared_gate_up"], "down": weights["shared_down"]}
-    every = gated_mlp(x, shared, config.activation, mlp_block(config.experts.shared_size), target)
+    every = gated_mlp(x, shared, config.activation, mlp_block(config.experts.shared_size), place)
     if config.experts.shared_gate:
-        gate = jax.nn.sigmoid(linear(x, weights["shared_gate"], target).astype(jnp.float32))
+        gate = jax.nn.sigmoid(linear(x, weights["shared_gate"], place.target).astype(jnp.float32))
         every = (every.astype(jnp.float32) * gate).astype(x.dtype)
     return out + every
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import Rope
+from engine.model.place import Place
 from pallas_kernels.products import product
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import quantized_matmul
@@ -70,12 +71,12 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
-def gated_mlp(x: Array, weights: Params, activation: str, block: int, target: Target) -> Array:
+def gated_mlp(x: Array, weights: Params, activation: str, block: int, place: Place) -> Array:
     """down(act(gate(x)) * up(x)); x is [tokens, embed]; gate and up stand in turns of `block` columns."""
-    gate_up = linear(x, weights["gate_up"], target)
+    gate_up = linear(x, weights["gate_up"], place.target)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
-    out = linear(gated(gate_up, activation, block), weights["down"], target)
+    out = place.sum(linear(gated(gate_up, activation, block), weights["down"], place.target), "mlp")
     return out + weights["down_bias"][None] if "down_bias" in weights else out
 
 

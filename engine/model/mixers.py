@@ -16,9 +16,9 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.layers import ACTIVATIONS, Params, apply_rope, linear, rms_norm
+from engine.model.place import Place
 from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.ssd.api import SSDInput
-from pallas_kernels.target import Target
 
 
 @jax.tree_util.register_dataclass
@@ -59,16 +59,16 @@ Rotation = tuple[Array, Array] | None  # cos and sin of the tokens' positions
 
 
 def attention(
-    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+    config: ModelConfig, place: Place, x: Array, weights: Params, rope: Rotation, see: See
 ) -> tuple[Array, Any]:
     """Grouped-query attention: project, norm, rotate, attend, project back."""
     tokens, group = x.shape[0], config.q_per_kv
-    qkv = linear(x, weights["qkv"], target)
+    qkv = linear(x, weights["qkv"], place.target)
     if config.qkv_bias:
         qkv = qkv + weights["qkv_bias"].reshape(1, -1)
     qkv = qkv.reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
     qk, v = qkv[:, :, : group + 1], qkv[:, :, group + 1]
-    qk = QK_NORMS[config.qk_norm](config, qk, weights)
+    qk = QK_NORMS[config.qk_norm](config, place, qk, weights)
     if rope is not None:
         qk = apply_rope(qk, *rope)
     q, k = qk[:, :, :group], qk[:, :, group]
@@ -76,14 +76,14 @@ def attention(
     out, cache = see(AttentionInput(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v, sinks))
     out = out.reshape(tokens, -1)
     if config.attention_gate:
-        gate = linear(x, weights["attn_gate"], target).astype(jnp.float32)
+        gate = linear(x, weights["attn_gate"], place.target).astype(jnp.float32)
         out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(x.dtype)
-    out = linear(out, weights["o"], target)
+    out = place.sum(linear(out, weights["o"], place.target), "kv_heads")
     return out + weights["o_bias"][None] if config.output_bias else out, cache
 
 
 def latent_attention(
-    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+    config: ModelConfig, place: Place, x: Array, weights: Params, rope: Rotation, see: See
 ) -> tuple[Array, Any]:
     """Multi-head latent attention (arXiv 2405.04434, section 2.1)."""
     latent, tokens = config.latent, x.shape[0]
@@ -91,24 +91,22 @@ def latent_attention(
         raise ValueError("latent attention needs its sizes and a rope")
     queries = x
     if latent.q_rank is not None:
-        queries = rms_norm(linear(x, weights["q_a"], target), weights["q_a_norm"], config.norm_eps)
-    q = linear(queries, weights["q"], target).reshape(tokens, config.num_q_heads, -1)
+        queries = rms_norm(linear(x, weights["q_a"], place.target), weights["q_a_norm"], config.norm_eps)
+    q = linear(queries, weights["q"], place.target).reshape(tokens, config.num_q_heads, -1)
     q = jnp.concatenate([q[..., : latent.nope_dim], apply_rope(q[..., latent.nope_dim :], *rope)], axis=-1)
-    row = linear(x, weights["kv_a"], target)
+    row = linear(x, weights["kv_a"], place.target)
     compressed = rms_norm(row[:, : latent.kv_rank], weights["kv_a_norm"], config.norm_eps)
     row = jnp.concatenate([compressed, apply_rope(row[:, latent.kv_rank :], *rope)], axis=-1)
     out, cache = see(AttentionInput(q, row[:, None], None, up=(weights["k_up"], weights["v_up"])))
-    return linear(out.reshape(tokens, -1), weights["o"], target), cache
+    return place.sum(linear(out.reshape(tokens, -1), weights["o"], place.target), "q_heads"), cache
 
 
-def mamba2(
-    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
-) -> tuple[Array, Any]:
+def mamba2(config: ModelConfig, place: Place, x: Array, weights: Params, rope: Rotation, see: See) -> tuple[Array, Any]:
     """Mamba 2's mixer (arXiv 2405.21060, section 7): project, convolve, recur, gate and norm, project back."""
     ssm, tokens = config.state_space, x.shape[0]
     if ssm is None:
         raise ValueError("a mamba2 layer needs its sizes")
-    projected = linear(x, weights["ssm_in"], target)
+    projected = linear(x, weights["ssm_in"], place.target)
     if ssm.bias:
         projected = projected + weights["ssm_in_bias"][None]
     gate, mixed, steps = jnp.split(projected, [ssm.inner_dim, ssm.inner_dim + ssm.conv_channels], axis=1)
@@ -130,19 +128,19 @@ def mamba2(
     out = out.reshape(tokens, -1).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
     norm = weights["ssm_norm"].reshape(ssm.groups, -1)
     out = rms_norm(out.reshape(tokens, ssm.groups, -1), norm, config.norm_eps).reshape(tokens, -1)
-    out = linear(out.astype(x.dtype), weights["ssm_out"], target)
+    out = linear(out.astype(x.dtype), weights["ssm_out"], place.target)
     return out + weights["ssm_out_bias"][None] if ssm.bias else out, cache
 
 
 def gated_delta(
-    config: ModelConfig, target: Target, x: Array, weights: Params, rope: Rotation, see: See
+    config: ModelConfig, place: Place, x: Array, weights: Params, rope: Rotation, see: See
 ) -> tuple[Array, Any]:
     """A gated delta net (arXiv 2412.06464) as in Qwen3-Next: project, convolve, recur, norm and gate, project back."""
     rule, tokens = config.delta_rule, x.shape[0]
     if rule is None:
         raise ValueError("a gated_delta layer needs its sizes")
-    mixed, gate = jnp.split(linear(x, weights["delta_in"], target), [rule.conv_channels], axis=1)
-    strength, steps = jnp.split(linear(x, weights["delta_steps"], target).astype(jnp.float32), 2, axis=1)
+    mixed, gate = jnp.split(linear(x, weights["delta_in"], place.target), [rule.conv_channels], axis=1)
+    strength, steps = jnp.split(linear(x, weights["delta_steps"], place.target).astype(jnp.float32), 2, axis=1)
     log_decay = -jnp.exp(weights["a_log"])[None] * jax.nn.softplus(steps + weights["dt_bias"][None])
     keys = rule.key_heads * rule.key_dim
 
@@ -156,7 +154,7 @@ def gated_delta(
     out, cache = see(RecurrentInput(mixed, weights["conv"], None, inputs))
     out = rms_norm(out, weights["delta_norm"], config.norm_eps).astype(jnp.float32).reshape(tokens, -1)
     out = (out * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
-    return linear(out, weights["delta_out"], target), cache
+    return linear(out, weights["delta_out"], place.target), cache
 
 
 def _unit(x: Array) -> Array:
@@ -164,18 +162,25 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-def _norm_heads(config: ModelConfig, qk: Array, weights: Params) -> Array:
+def _norm_heads(config: ModelConfig, place: Place, qk: Array, weights: Params) -> Array:
     """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
     query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
     return rms_norm(qk, jnp.concatenate([query, weights["k_norm"][None]]), config.norm_eps)
 
 
-def _norm_full(config: ModelConfig, qk: Array, weights: Params) -> Array:
-    """RMS over all query heads together, and over all keys together."""
-    q = rms_norm(qk[:, :, :-1], weights["q_norm"], config.norm_eps, num_axes=3)
-    k = rms_norm(qk[:, :, -1], weights["k_norm"], config.norm_eps, num_axes=2)
+def _norm_full(config: ModelConfig, place: Place, qk: Array, weights: Params) -> Array:
+    """RMS over all query heads together, and over all keys together, wherever they are."""
+    parts = place.count("kv_heads")
+
+    def norm(x: Array, weight: Array) -> Array:  # [tokens, kv_heads, ...]
+        axes, wide = tuple(range(1, x.ndim)), x.astype(jnp.float32)
+        squares = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
+        scale = jax.lax.rsqrt(place.sum(squares, "kv_heads") / parts + config.norm_eps)
+        return (wide * scale * weight[None]).astype(x.dtype)
+
+    q, k = norm(qk[:, :, :-1], weights["q_norm"]), norm(qk[:, :, -1], weights["k_norm"])
     return jnp.concatenate([q, k[:, :, None]], axis=2)
 
 
 MIXERS = {"attention": attention, "latent": latent_attention, "mamba2": mamba2, "gated_delta": gated_delta}
-QK_NORMS = {"none": lambda config, qk, weights: qk, "head": _norm_heads, "full": _norm_full}
+QK_NORMS = {"none": lambda config, place, qk, weights: qk, "head": _norm_heads, "full": _norm_full}

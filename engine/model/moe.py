@@ -13,29 +13,38 @@ from jax import Array
 from engine.model.config import Experts
 from engine.model.layers import Params, gated
 from engine.model.params import mlp_block
+from engine.model.place import Place
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.products import product
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import Target
 
 
-def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, target: Target) -> Array:
-    """x [tokens, embed] -> the same shape: each token's experts, weighed and added in float32."""
+def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, place: Place) -> Array:
+    """x [tokens, embed] -> the same shape: each token's experts, weighed and added in float32.
+
+    Where experts are cut, each device computes those that it has, for every token.
+    """
     tokens, k = x.shape[0], experts.per_token
+    here = experts.num_experts // place.count("experts")
     weight, chosen = route(experts, x, weights)
-    expert = chosen.reshape(-1)  # of slot (token, choice)
+    # Of slot (token, choice), counted from this device's first expert; those of other devices come last.
+    expert = (chosen.reshape(-1) - place.index("experts") * here) % experts.num_experts
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.zeros((experts.num_experts,), jnp.int32).at[expert].add(1)
-    hidden = _grouped(x[order // k], weights["experts_gate_up"], sizes, target)
+    sizes = jnp.zeros((experts.num_experts,), jnp.int32).at[expert].add(1)[:here]
+    mine = jnp.minimum(expert[order], here - 1)
+    hidden = _grouped(x[order // k], weights["experts_gate_up"], sizes, place.target)
     if experts.biases:
-        hidden = hidden + weights["experts_gate_up_bias"].reshape(experts.num_experts, -1)[expert[order]]
+        hidden = hidden + weights["experts_gate_up_bias"].reshape(here, -1)[mine]
     hidden = gated(hidden, activation, mlp_block(experts.intermediate_size), experts.clamp)
-    out = _grouped(hidden, weights["experts_down"], sizes, target)
+    out = _grouped(hidden, weights["experts_down"], sizes, place.target)
     if experts.biases:
-        out = out + weights["experts_down_bias"][expert[order]]
+        first = place.index("expert_mlp") == 0  # a bias counts once
+        out = out + jnp.where(first, weights["experts_down_bias"], 0)[mine]
     back = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=order.dtype))
     out = out[back].reshape(tokens, k, -1).astype(jnp.float32)
-    return jnp.sum(out * weight[:, :, None], axis=1).astype(x.dtype)
+    weight = jnp.where(expert.reshape(tokens, k) < here, weight, 0)
+    return place.sum(jnp.sum(out * weight[:, :, None], axis=1).astype(x.dtype), "experts", "expert_mlp")
 
 
 def _grouped(x: Array, w: Array | Quantized, sizes: Array, target: Target) -> Array:

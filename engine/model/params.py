@@ -38,6 +38,16 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     return specs
 
 
+def axis_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of each logical axis, the sizes that it has in the weights: what a cut must divide."""
+    found: dict[str, set[int]] = {}
+    for spec in param_specs(config, jnp.dtype(jnp.float32)).values():
+        for name, size in zip(spec.axes, spec.shape, strict=True):
+            if name is not None:
+                found.setdefault(name, set()).add(size)
+    return {name: tuple(sorted(sizes)) for name, sizes in found.items()}
+
+
 def mlp_block(size: int) -> int:
     """Columns of gate that stand together in gate_up, before as many of up; size: of the MLP."""
     return math.gcd(size, LANES)
@@ -196,13 +206,14 @@ def _mlp(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
 def _gated(hidden: int, mlp: int, dtype: np.dtype, experts: int = 0) -> dict[str, ParamSpec]:
     """gate_up and down of one MLP, or of each of so many experts."""
     count, axis, lead = ((experts,), ("experts",), 1) if experts else ((), (), 0)
+    kind = "expert_mlp" if experts else "mlp"
     blocks, block = mlp // mlp_block(mlp), mlp_block(mlp)
     gate_up, down = (*count, hidden, blocks, 2, block), (*count, mlp, hidden)
     return {
         "gate_up": ParamSpec(
-            gate_up, dtype, (*axis, "embed", "mlp", None, None), fan_in=hidden, rows=1, lead=lead, packable=True
+            gate_up, dtype, (*axis, "embed", kind, None, None), fan_in=hidden, rows=1, lead=lead, packable=True
         ),
-        "down": ParamSpec(down, dtype, (*axis, "mlp", "embed"), fan_in=mlp, rows=1, lead=lead, packable=True),
+        "down": ParamSpec(down, dtype, (*axis, kind, "embed"), fan_in=mlp, rows=1, lead=lead, packable=True),
     }
 
 
@@ -221,7 +232,7 @@ def _experts(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     specs |= {f"experts_{name}": spec for name, spec in each.items()}
     if experts.biases:
         blocks, block = size // mlp_block(size), mlp_block(size)
-        bias = ParamSpec((count, blocks, 2, block), dtype, ("experts", "mlp", None, None), init="zeros")
+        bias = ParamSpec((count, blocks, 2, block), dtype, ("experts", "expert_mlp", None, None), init="zeros")
         specs["experts_gate_up_bias"] = bias
         specs["experts_down_bias"] = ParamSpec((count, hidden), dtype, ("experts", "embed"), init="zeros")
     if experts.shared_size:

@@ -29,6 +29,8 @@ def resolve_pooling(
             raise InvalidParam(name, f"is for models that generate text; {options.model} does not")
     if options.kv_cache_dtype != "auto":
         raise InvalidParam("kv_cache_dtype", f"is for models that generate text; {options.model} does not")
+    if options.sharding != "single":
+        raise InvalidParam("sharding", f"{options.sharding} is for models that generate text; {options.model} does not")
     if options.quantization == "stored":
         raise InvalidParam("quantization", f"stored is for models that generate text; {options.model} does not")
     _check_parts(model)

@@ -20,6 +20,7 @@ from engine.model.config import LayerSpec, ModelConfig
 from engine.model.encoder_config import EncoderConfig
 from engine.model.layers import Params, rms_norm
 from engine.model.mixers import AttentionInput
+from engine.model.place import Place
 from engine.pooling.batch import BatchKey
 from engine.pooling.config import PoolingKind
 from pallas_kernels.target import Target
@@ -81,7 +82,9 @@ def _decoded(
     """A decoder's hidden states [tokens, embed], behind its last norm. Nothing is kept for later tokens."""
     none = (None,) * model.num_layers
     see = RowAttention(key.length)
-    hidden, _ = decoder.hidden_states(model, params, fields["tokens"], fields["positions"], none, rows, see, target)
+    hidden, _ = decoder.hidden_states(
+        model, params, fields["tokens"], fields["positions"], none, rows, see, Place(target)
+    )
     return rms_norm(hidden, params["final_norm"], model.norm_eps)
 
 

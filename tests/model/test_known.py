@@ -40,5 +40,5 @@ def test_parameters_are_as_published(name: str) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(InvalidParam, match="did you mean llama-3.1-8b"):
+    with pytest.raises(InvalidParam, match=r"did you mean llama-3\.1-8b"):
         known_config("llama-3.1-8")

@@ -1,0 +1,60 @@
+"""Where a step program runs, static: the chip that its ops are compiled for, and what is cut over which devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+from jax import Array
+
+from engine.model.config import ModelConfig
+from pallas_kernels.target import CPU, Target
+from sharding.shards import WHOLE, Shards
+
+
+@dataclass(frozen=True)
+class Place:
+    """Model code names logical axes; where nothing is cut, all of this is the identity."""
+
+    target: Target
+    shards: Shards = WHOLE
+
+    def count(self, logical: str) -> int:
+        """Parts that the logical axis is in."""
+        return self.shards.count(logical)
+
+    def index(self, logical: str) -> Array | int:
+        """Which part this device has, int32."""
+        axes = self.shards.axes(logical)
+        return jax.lax.axis_index(axes) if axes else 0
+
+    def sum(self, x: Array, *logical: str) -> Array:
+        """Over all parts: each device multiplied by its own rows of a weight that is cut there."""
+        axes = tuple(dict.fromkeys(axis for name in logical for axis in self.shards.axes(name)))
+        return jax.lax.psum(x, axes) if axes else x
+
+    def gather(self, x: Array, logical: str) -> Array:
+        """The whole last dimension, of which each device has a part."""
+        axes = self.shards.axes(logical)
+        return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
+
+
+ALONE = Place(CPU)
+
+
+def local_model(model: ModelConfig, shards: Shards) -> ModelConfig:
+    """The model as one device sees it: its share of the heads and of the MLPs. Experts are counted by all."""
+    kind = "kv_heads" if model.latent is None else "q_heads"
+    heads, mlp = shards.count(kind), shards.count("mlp")
+    experts = model.experts and replace(
+        model.experts,
+        intermediate_size=model.experts.intermediate_size // shards.count("expert_mlp"),
+        shared_size=model.experts.shared_size // mlp,
+    )
+    return replace(
+        model,
+        num_q_heads=model.num_q_heads // heads,
+        num_kv_heads=model.num_kv_heads // heads,
+        intermediate_size=model.intermediate_size // mlp,
+        experts=experts,
+    )

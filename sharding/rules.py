@@ -1,0 +1,207 @@
+"""A sharding file: mesh axes with their sizes, and which logical axis of a weight is cut over which mesh axes.
+
+    mesh:
+      tensor: fill              # one axis may take what the others leave of the devices
+    rules:                      # in order; the first whose mesh axes divide the size wins
+      - kv_heads: tensor
+      - mlp: [expert, tensor]   # over the product of two axes
+      - mlp: null               # not cut: the last resort, if it is wanted
+
+A logical axis without a rule is not cut. Every error names file and line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from sharding.shards import Axis, Shards
+
+LOGICAL_AXES = ("vocab", "embed", "kv_heads", "q_heads", "head_dim", "mlp", "experts", "expert_mlp")
+UNCUT = ("embed", "head_dim")  # a cut there would need a sum after every layer's first product
+MAX_BYTES = 64 << 10
+MAX_DEVICES = 1 << 20
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+
+
+class ShardingError(ValueError):
+    """A sharding file that is wrong, or that does not fit a model and its devices."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Cut `logical` over the product of `mesh_axes`; none: leave it whole."""
+
+    logical: str
+    mesh_axes: tuple[str, ...]
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.logical}: {' * '.join(self.mesh_axes) or 'null'} (line {self.line})"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A checked file. A size of None is filled with the devices that the other axes leave."""
+
+    name: str
+    mesh: tuple[tuple[str, int | None], ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+    def shards(self, sizes: Mapping[str, tuple[int, ...]], num_devices: int) -> Shards:
+        """What the rules come to for a model on so many devices.
+
+        sizes: of each logical axis, every size that it has in the model's weights. Raises ShardingError
+        with the logical axis, the sizes and the rules that were tried.
+        """
+        mesh = self._filled(num_devices)
+        found: dict[str, tuple[str, ...]] = {}
+        for logical in sizes:
+            rules = [rule for rule in self.rules if rule.logical == logical]
+            for rule in rules:
+                over = math.prod(mesh[axis] for axis in rule.mesh_axes)
+                if all(size % over == 0 for size in sizes[logical]):
+                    found[logical] = tuple(axis for axis in rule.mesh_axes if mesh[axis] > 1)
+                    break
+            else:
+                if rules:
+                    raise ShardingError(self._nothing_divides(rules, sizes[logical], mesh))
+        return Shards(tuple(Axis(*axis) for axis in mesh.items()), tuple((k, v) for k, v in found.items() if v))
+
+    def _filled(self, num_devices: int) -> dict[str, int]:
+        known = math.prod(size for _, size in self.mesh if size is not None)
+        rest, left = divmod(num_devices, known)
+        open_axes = [axis for axis, size in self.mesh if size is None]
+        if not rest or (open_axes and left):
+            shape = ", ".join(f"{axis}={size or 'fill'}" for axis, size in self.mesh)
+            raise ShardingError(f"sharding {self.name}: a mesh of {shape} needs a multiple of {known} devices, "
+                                f"there are {num_devices}")  # fmt: skip
+        return {axis: rest if size is None else size for axis, size in self.mesh}
+
+    def _nothing_divides(self, rules: list[Rule], sizes: tuple[int, ...], mesh: dict[str, int]) -> str:
+        over = ", ".join(dict.fromkeys(f"{axis}={mesh[axis]}" for rule in rules for axis in rule.mesh_axes))
+        tried = "; ".join(map(str, rules))
+        which = " and ".join(map(str, sorted(set(sizes))))
+        return f"sharding {self.name}: {rules[0].logical} {which} does not divide over {over}; rules tried: {tried}"
+
+
+SINGLE = Strategy("single")
+
+
+def strategies() -> list[str]:
+    """The names of the files in configs/sharding."""
+    folder = resources.files("configs") / "sharding"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_strategy(name: str) -> Strategy:
+    """Of a name in configs/sharding, or of a file. Raises ShardingError."""
+    if name in strategies():
+        text = (resources.files("configs") / "sharding" / f"{name}.yaml").read_text("utf-8")
+        return parse_strategy(name, text)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(name, strategies(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(strategies())}"
+        raise ShardingError(f"sharding {name!r} is neither a file nor a name in configs/sharding; {hint}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ShardingError(f"{path}: over {MAX_BYTES} bytes")
+    return parse_strategy(path.name.removesuffix(".yaml"), path.read_text("utf-8", errors="replace"))
+
+
+def parse_strategy(name: str, text: str) -> Strategy:
+    """A `Strategy` of YAML text. Raises ShardingError with the line."""
+    reader = _Reader(name)
+    try:
+        for token in yaml.scan(text):
+            if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
+                raise reader.wrong(token, "anchors and aliases are not read")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ShardingError(f"sharding {name}:{where} is not YAML: {getattr(error, 'problem', error)}") from error
+    parts = reader.mapping(root, ("mesh", "rules"), "the file") if root is not None else {}
+    mesh = reader.mesh(parts.get("mesh"))
+    return Strategy(name, mesh, tuple(reader.rules(parts.get("rules"), [axis for axis, _ in mesh])))
+
+
+class _Reader:
+    """Nodes of a file as checked values."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wrong(self, where: yaml.Node | yaml.Token, why: str) -> ShardingError:
+        return ShardingError(f"sharding {self.name}: line {where.start_mark.line + 1}: {why}")
+
+    def mapping(self, node: yaml.Node, known: tuple[str, ...] | None, what: str) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.wrong(node, f"{what} must be a mapping")
+        found: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            text = self.text(key)
+            if known is not None and text not in known:
+                near = difflib.get_close_matches(text, known, 1)
+                raise self.wrong(key, f"unknown key {text!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            if text in found:
+                raise self.wrong(key, f"{text!r} stands twice")
+            found[text] = value
+        return found
+
+    def text(self, node: yaml.Node) -> str:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
+            raise self.wrong(node, "a name is expected")
+        return node.value
+
+    def mesh(self, node: yaml.Node | None) -> tuple[tuple[str, int | None], ...]:
+        axes: list[tuple[str, int | None]] = []
+        for name, size in (self.mapping(node, None, "mesh") if node is not None else {}).items():
+            if not _NAME.match(name):
+                raise self.wrong(size, f"mesh axis {name!r} must be lower-case letters, digits and _")
+            axes.append((name, self.size(name, size)))
+            if [size for _, size in axes].count(None) > 1:
+                raise self.wrong(size, "only one mesh axis can be filled")
+            if math.prod(size or 1 for _, size in axes) > MAX_DEVICES:
+                raise self.wrong(size, f"a mesh of over {MAX_DEVICES} devices")
+        return tuple(axes)
+
+    def size(self, name: str, node: yaml.Node) -> int | None:
+        if isinstance(node, yaml.ScalarNode) and node.value == "fill":
+            return None
+        if not isinstance(node, yaml.ScalarNode) or not re.fullmatch(r"[1-9][0-9]{0,7}", node.value):
+            raise self.wrong(node, f"the size of mesh axis {name} must be a number of devices, or fill")
+        return int(node.value)
+
+    def rules(self, node: yaml.Node | None, axes: list[str]) -> Iterator[Rule]:
+        if node is None:
+            return
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.wrong(node, "rules must be a list")
+        for item in node.value:
+            entries = self.mapping(item, LOGICAL_AXES, "a rule")
+            if len(entries) != 1:
+                raise self.wrong(item, "a rule has one logical axis")
+            ((logical, over),) = entries.items()
+            mesh_axes = self.axes(over, axes)
+            if mesh_axes and logical in UNCUT:
+                raise self.wrong(item, f"{logical} cannot be cut")
+            yield Rule(logical, mesh_axes, item.start_mark.line + 1)
+
+    def axes(self, node: yaml.Node, known: list[str]) -> tuple[str, ...]:
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+            return ()
+        names = [self.text(item) for item in (node.value if isinstance(node, yaml.SequenceNode) else [node])]
+        for name in names:
+            if name not in known:
+                raise self.wrong(node, f"the mesh has no axis {name!r}; it has {', '.join(known) or 'none'}")
+        if len(set(names)) < len(names):
+            raise self.wrong(node, "a mesh axis is used twice")
+        return tuple(names)

@@ -1,0 +1,41 @@
+"""What is cut over which mesh axes, as plain data: a part of the engine's configuration. Imports no JAX."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Axis(NamedTuple):
+    """Of the mesh."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The mesh, and the mesh axes over whose product each logical axis is cut; static and hashable."""
+
+    mesh: tuple[Axis, ...] = ()
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(axis.size for axis in self.mesh)
+
+    def axes(self, logical: str) -> tuple[str, ...]:
+        return dict(self.table).get(logical, ())
+
+    def count(self, logical: str) -> int:
+        """Parts that the logical axis is in."""
+        return self.parts(self.axes(logical))
+
+    def parts(self, axes: str | tuple[str, ...] | None) -> int:
+        """Devices along the product of mesh axes, as an entry of a PartitionSpec names them."""
+        sizes = dict(self.mesh)
+        return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+WHOLE = Shards()

@@ -1,0 +1,91 @@
+"""Sharding files: what they come to, and every wrong one refused with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.model.known import known_config
+from engine.model.params import axis_sizes
+from sharding.rules import ShardingError, load_strategy, parse_strategy, strategies
+from sharding.shards import Axis, Shards
+
+LLAMA = axis_sizes(known_config("llama-3.1-70b"))
+QWEN = axis_sizes(known_config("qwen3-30b-a3b"))
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_every_file_fits_eight_devices(name: str) -> None:
+    assert load_strategy(name).shards(LLAMA, 8).num_devices in (1, 8)
+
+
+def test_tensor_parallelism_cuts_heads_and_mlps() -> None:
+    shards = load_strategy("tp").shards(LLAMA, 8)
+    assert shards.mesh == (Axis("tensor", 8),)
+    assert {axis: shards.count(axis) for axis in LLAMA} == {
+        "vocab": 8, "embed": 1, "kv_heads": 8, "head_dim": 1, "mlp": 8,
+    }  # fmt: skip
+
+
+def test_experts_and_tensors() -> None:
+    shards = load_strategy("tp-ep").shards(QWEN, 4)
+    assert shards.count("experts") == 2 and shards.count("expert_mlp") == 2
+    assert shards.axes("kv_heads") == ("expert", "tensor")
+
+
+def test_one_device_is_cut_nowhere() -> None:
+    assert load_strategy("tp").shards(LLAMA, 1) == Shards((Axis("tensor", 1),))
+
+
+def test_the_first_rule_that_divides_wins() -> None:
+    text = "mesh: {a: 2, b: 3}\nrules:\n- vocab: [a, b]\n- vocab: b\n- vocab: a\n- kv_heads: b\n- kv_heads: null\n"
+    shards = parse_strategy("mine", text).shards({"vocab": (8,), "kv_heads": (8, 64)}, 6)
+    assert shards.axes("vocab") == ("a",) and shards.axes("kv_heads") == ()
+
+
+def test_what_does_not_divide_is_named_with_the_rules() -> None:
+    with pytest.raises(ShardingError, match=r"kv_heads 8 does not divide over tensor=16; rules tried: kv_heads: tens"):
+        load_strategy("tp").shards(LLAMA, 16)
+    with pytest.raises(ShardingError, match="expert=fill, tensor=2 needs a multiple of 2 devices, there are 7"):
+        load_strategy("tp-ep").shards(LLAMA, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mesh: {tensor: 2}\nrules:\n- kvheads: tensor\n", "line 3: unknown key 'kvheads'; did you mean kv_heads"),
+        ("mesh: {tensor: 2}\nrules:\n- mlp: tensr\n", "line 3: the mesh has no axis 'tensr'; it has tensor"),
+        ("mesh: {tensor: 2}\nrules:\n- mlp: [tensor, tensor]\n", "line 3: a mesh axis is used twice"),
+        ("mesh:\n  a: 1000000000\n", "line 2: the size of mesh axis a must be a number of devices, or fill"),
+        ("mesh:\n  a: 100000\n  b: 100000\n", "line 3: a mesh of over 1048576 devices"),
+        ("mesh:\n  a: fill\n  b: fill\n", "line 3: only one mesh axis can be filled"),
+        ("mesh:\n  a: 2\n  a: 4\n", "line 3: 'a' stands twice"),
+        ("mesh:\n  a: -1\n", "line 2: the size of mesh axis a"),
+        ("mesh: {A b: 1}\n", "line 1: mesh axis 'A b' must be lower-case"),
+        ("mesh: [1]\n", "line 1: mesh must be a mapping"),
+        ("mash: {}\n", "line 1: unknown key 'mash'; did you mean mesh"),
+        ("mesh: {a: 2}\nrules: {mlp: a}\n", "line 2: rules must be a list"),
+        ("mesh: {a: 2}\nrules:\n- {mlp: a, vocab: a}\n", "line 3: a rule has one logical axis"),
+        ("mesh: {a: 2}\nrules:\n- embed: a\n", "line 3: embed cannot be cut"),
+        ("mesh: {a: 2}\nrules:\n- mlp: 3\n", "line 3: a name is expected"),
+        ("mesh: &m {a: 2}\nrules: *m\n", "line 1: anchors and aliases are not read"),
+        ("a: &a\n  - *a\n", "line 1: anchors and aliases are not read"),
+        ("mesh: {a: 2\n", "line 2 is not YAML"),
+        ("[" * 5000, "not YAML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(ShardingError, match=message):
+        parse_strategy("mine", text)
+
+
+def test_files_and_names(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mesh: {x: 2}\nrules:\n- mlp: x\n")
+    assert load_strategy(str(path)).name == "mine"
+    with pytest.raises(ShardingError, match="neither a file nor a name in configs/sharding; did you mean tp-ep"):
+        load_strategy("tp_ep")
+    path.write_bytes(b"#" * 70000)
+    with pytest.raises(ShardingError, match="over 65536 bytes"):
+        load_strategy(str(path))
