@@ -14,6 +14,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.errors import ContextOverflow, InvalidParam, ModelError
 from engine.pooling.offline import run
+from engine.pooling.request import TextIds
 from tests.model.encoders import FOLDER, cases
 from tests.model.models import checkpoint, params
 from tests.oracle import naive_logits
@@ -66,6 +67,17 @@ def test_a_cross_encoders_score_is_the_sigmoid_of_transformers_logit(cross_encod
     assert all(0 < score < 1 for score in scores) and scores[0] != scores[1]
     turned = cross_encoder.score("sat on the mat", "the cat")[0].outputs.score
     assert abs(turned - scores[0]) > 1e-3  # a pair has an order, and segments
+
+
+def test_positions_behind_the_padding_id_reach_the_device() -> None:
+    """XLM-R: positions counted from its padding id, one kind of segment, its own head."""
+    found = [case for case in cases("xlm_roberta_classifier") if len(case.text.token_ids) <= 16]
+    with opened("xlm_roberta_classifier", max_model_len=16) as llm:
+        engine = llm.pooling_engine
+        got = np.concatenate(run(engine, [TextIds(case.text.token_ids) for case in found]))
+        assert llm.score("the cat", "sat")[0].outputs.score > 0
+    want = np.concatenate([case.logits for case in found if case.logits is not None])
+    assert len(want) == 5 and np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
 
 
 def test_similarity_is_the_cosine_of_embeddings(bert: LLM) -> None:
