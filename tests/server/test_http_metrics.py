@@ -15,7 +15,7 @@ VLLM = {
 OURS = {
     "octavo_compiles", "octavo_compile_seconds", "octavo_compiles_after_ready", "octavo_steps", "octavo_tokens_used",
     "octavo_tokens_padded", "octavo_http_responses", "octavo_client_retries", "octavo_event_loop_lag_seconds",
-    "octavo_last_step_age_seconds", "octavo_ready",
+    "octavo_last_step_age_seconds", "octavo_ready", "octavo_texts",
 }  # fmt: skip
 LABELS = {"model_name", "engine", "finished_reason", "le", "status", "bucket"}
 
