@@ -82,7 +82,7 @@ def requantize_fixture(name: str, folder: Path, quantization: dict[str, Any], li
     wide: Tensors = {}
     for tensor, values in hf_tensors(name).items():
         if values.ndim == 2 and tensor.endswith(
-            ("_proj.weight", "_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+            ("_proj.weight", "_qkvz.weight", "_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")
         ):
             parts, weight = linear(rng, *values.shape)
             quantized |= {f"{tensor.removesuffix('weight')}{part}": array for part, array in parts.items()}

@@ -201,17 +201,23 @@ def test_what_cannot_stay_packed_is_dequantized_and_said(
     assert all(reason in weight.reason for weight in stored.values())
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
-def test_experts_and_latents_in_float8_blocks(name: str, tmp_path: Path) -> None:
+EXPERTS, MLP, SHARED = {"experts_gate_up", "experts_down"}, {"gate_up", "down"}, {"shared_gate_up", "shared_down"}
+PACKABLE = {
+    "mixtral": {"qkv", "o"} | EXPERTS,
+    "deepseek_v3": {"q_a", "q", "kv_a", "o"} | MLP | SHARED | EXPERTS,
+    "granitemoehybrid_dense": {"qkv", "o", "ssm_in", "ssm_out"},
+    "qwen3_next": {"qkv", "attn_gate", "o", "delta_in", "delta_out"} | MLP | SHARED | EXPERTS,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "granite" in name else []) for name in PACKABLE]
+)
+def test_every_kind_of_layer_in_float8_blocks(name: str, tmp_path: Path) -> None:
     config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
     linear = float8("weight_scale_inv", block=(16, 16))
     both = load_twins(requantize_fixture(name, tmp_path / "model", config, linear))
-    kinds = {key.split(".")[-1] for key in both.packings}
-    experts = {"experts_gate_up", "experts_down"}
-    if name == "mixtral":
-        assert kinds == {"qkv", "o", *experts}
-    else:
-        assert kinds == {"q_a", "q", "kv_a", "o", "gate_up", "down", "shared_gate_up", "shared_down", *experts}
+    assert {key.split(".")[-1] for key in both.packings} == PACKABLE[name]
     check_weights(both)
     check_logits(both, 1e-4)
 

@@ -305,8 +305,9 @@ def _delta_pieces(config: ModelConfig, name: str) -> Pieces:
     per_key = np.cumsum([rule.key_dim, rule.key_dim, wide])
 
     def by_kind(cuts: np.ndarray | list[int], stored: np.ndarray) -> np.ndarray:
-        parts = np.split(stored.reshape(rule.key_heads, -1, hidden), cuts, axis=1)
-        return np.concatenate([part.reshape(-1, hidden) for part in parts])
+        row = stored.shape[1]  # numbers, or their packed words or scales
+        parts = np.split(stored.reshape(rule.key_heads, -1, row), cuts, axis=1)
+        return np.concatenate([part.reshape(-1, row) for part in parts])
 
     def matrix(stored: str, rows: int, cuts: np.ndarray | list[int]) -> Piece:
         return Piece(stored, (_transposed,), shape=(rows, hidden), select=functools.partial(by_kind, cuts))
