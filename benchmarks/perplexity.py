@@ -67,14 +67,17 @@ class Scorer:
 
     def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
         """float64 [tokens - 1]: of each token but the first, given those before it."""
+        return self.all_logprobs(token_ids)[np.arange(len(token_ids) - 1), token_ids[1:]]
+
+    def all_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float64 [tokens, vocab]: of every token after each of at most PIECE_TOKENS."""
         vector, fields = self.layout.pack()
-        fields["tokens"][:] = token_ids
+        fields["tokens"][: len(token_ids)] = token_ids
         fields["q_len"][0] = len(token_ids)
         fields["block_table"][0] = 1 + np.arange(self.num_pages)
-        logits = self.runner.token_logits(self.executable, vector)[:-1].astype(np.float64)
+        logits = self.runner.token_logits(self.executable, vector)[: len(token_ids)].astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
-        chosen = logits[np.arange(len(logits)), token_ids[1:]]
-        return chosen - np.log(np.exp(logits).sum(axis=1))
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def measure(model: str, setting: dict[str, Any], pieces: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import sys
 
-from xllamacpp.xllamacpp import CommonParams, Server
+from xllamacpp.xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
 
 
 def main() -> None:
@@ -19,8 +19,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--tokens-per-stream", type=int, required=True)
+    parser.add_argument("--float32", action="store_true", help="keys, values and attention; float16 without it")
     args = parser.parse_args()
     params = CommonParams()
+    if args.float32:
+        params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.model.path = args.model
     params.hostnames = ["127.0.0.1"]
     params.port = 0
