@@ -82,6 +82,14 @@ COMMANDS = (
         options=(EngineOptions, command_options.ConvertOptions),
         positional=("model", "out"),
     ),
+    Command(
+        name="sharding",
+        help="explain how a model is cut over devices, which need not be there",
+        run="server.commands.sharding:run",
+        options=(EngineOptions, command_options.ShardingOptions),
+        positional=("action", "model"),
+        defaults={"sharding": "tp"},
+    ),
     Command(name="version", help="print versions", run="server.commands.version:run"),
 )
 

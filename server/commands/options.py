@@ -6,6 +6,7 @@ Imported to print help, so it stays light: no JAX, no server.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.config import option
 from engine.errors import InvalidParam
@@ -54,6 +55,20 @@ class ConvertOptions:
 @dataclass(frozen=True, kw_only=True)
 class ModelsOptions:
     json: bool = option(False, "one JSON object a line")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingOptions:
+    action: Literal["explain"] = option("explain", "explain: print every parameter with its cut and its bytes")
+    chip: str = option("v6e", "the kind of device: v5e, v5p, v6e, tpu7x, h100 or h200")
+    devices: int = option(8, "how many there are")
+    json: bool = option(False, "one JSON object")
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise InvalidParam("devices", f"must be a positive number, got {self.devices}")
+        if self.action != "explain":
+            raise InvalidParam("action", f"must be explain, got {self.action!r}")
 
 
 # Fields of SamplingParams that make sense for text on a terminal; the others have no flag.

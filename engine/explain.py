@@ -1,0 +1,68 @@
+"""How a model would be cut over devices that need not be there: each parameter's cut and bytes, from a config."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+
+from engine.config import EngineConfig, EngineOptions, cache_root
+from engine.errors import InvalidParam
+from engine.model.config import ModelConfig
+from engine.model.known import known_config, known_models
+from engine.model.weights import open_checkpoint
+from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes
+from engine.registry import resolve_model
+from engine.resolve import DeviceFacts, resolve, usable_bytes
+from pallas_kernels.target import CHIPS
+from sharding.mesh import parts_of
+from sharding.rules import ShardingError, load_strategy
+
+
+def planned_config(options: EngineOptions, model: ModelConfig, device: DeviceFacts) -> EngineConfig:
+    """`options` resolved for the devices. Raises InvalidParam where the sharding file is wrong or does not fit."""
+    try:
+        return resolve(options, model, "bfloat16", device, strategy=load_strategy(options.sharding))
+    except ShardingError as error:
+        raise InvalidParam("sharding", str(error)) from None
+
+
+def explain(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> dict[str, Any]:
+    """Every parameter with its shape, its cut and its bytes on one device; equal ones of several layers are one row."""
+    shapes, cuts, rows = param_shapes(model, config), param_cuts(model, config), {}
+    for name, shape in shapes.items():
+        where = jax.tree.leaves(cuts[name])
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shape)]
+        key = (re.sub(r"layers\.\d+\.", "layers.*.", name), tuple(shape.shape), str(where[0]))
+        row = rows.setdefault(key, {"count": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += sum(size // parts_of(config.shards, cut) for size, cut in zip(sizes, where, strict=True))
+    parameters = [
+        {"name": name + (f" ({row['count']})" if row["count"] > 1 else ""), "shape": str(list(shape)),
+         "cut": cut.removeprefix("P"), "bytes": row["bytes"]}
+        for (name, shape, cut), row in rows.items()
+    ]  # fmt: skip
+    return {
+        "parameters": parameters,
+        "held_bytes": held_bytes(model, config),
+        "usable_bytes": usable_bytes(device),
+        "token_bytes": page_bytes(model, config) // config.page_size,
+    }
+
+
+def model_of(options: EngineOptions) -> ModelConfig:
+    """From a config alone: of a well-known model, or of a checkpoint at hand."""
+    if options.model in known_models():
+        return known_config(options.model, options.max_model_len)
+    root = cache_root(options.cache_dir)
+    path = resolve_model(options.model, cache_dir=root, revision=options.revision)
+    return open_checkpoint(path, max_model_len=options.max_model_len).config
+
+
+def device_of(chip: str, count: int) -> DeviceFacts:
+    """So many devices of a kind that need not be there."""
+    facts = CHIPS.get(chip)
+    if facts is None:
+        raise InvalidParam("chip", f"{chip!r} is not in the table: {', '.join(CHIPS)}")
+    return DeviceFacts(facts.platform, facts.memory_bytes, True, chip, count)

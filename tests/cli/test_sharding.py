@@ -1,0 +1,56 @@
+"""`octavo sharding explain`, against sizes worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.cli import main
+
+
+def explained(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    assert main(["sharding", "explain", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_llama_70b_over_eight(capsys: pytest.CaptureFixture[str]) -> None:
+    found = explained(capsys, "llama-3.1-70b", "--chip", "v6e", "--devices", "8")
+    rows = {row["name"]: row for row in found["parameters"]}
+    assert rows["layers.*.qkv (80)"]["bytes"] == 80 * 8192 * (64 + 2 * 8) * 128 * 2 // 8
+    assert rows["layers.*.attn_norm (80)"]["bytes"] == 80 * 8192 * 4, "on every device"
+    assert found["token_bytes"] == 80 * 2 * 128 * 2, "one KV head of eight"
+    weights = sum(row["bytes"] for row in found["parameters"])
+    assert 70_553_706_496 * 2 // 8 < weights < found["held_bytes"]
+
+
+def test_packed_weights_are_cut_with_their_scales(capsys: pytest.CaptureFixture[str]) -> None:
+    found = explained(capsys, "llama-3.1-8b", "--devices", "4", "--quantization", "int8")
+    rows = {row["name"]: row for row in found["parameters"]}
+    # Rows are cut, and the one scale a column is on every device.
+    assert rows["layers.*.down (32)"]["bytes"] == 32 * (14336 // 4 * 4096 + 4096 * 4)
+
+
+def test_the_table_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sharding", "explain", "llama-3.1-70b", "--chip", "v6e", "--devices", "2"]) == 0
+    assert "does not fit: 39.05 GB too many" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["llama-3.1-70b", "--devices", "16"], "kv_heads 8 does not divide over tensor=16; rules tried: kv_heads"),
+        (["llama-3.1-70b", "--chip", "v9"], "chip: 'v9' is not in the table: v5e"),
+        (["llama-3.1-70b", "--sharding", "tpp"], "did you mean tp?"),
+    ],
+)
+def test_what_is_wrong_is_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sharding", "explain", *argv]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(__file__).parent.parent / "fixtures" / "models" / "llama"
+    found = explained(capsys, str(folder), "--sharding", "single")
+    assert {row["cut"] for row in found["parameters"]} == {"(None,)", "(None, None)"}
