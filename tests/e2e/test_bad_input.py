@@ -256,6 +256,7 @@ def test_numbers_that_are_none(http: httpx.Client, control: str, name: str, valu
     assert http.post("/v1/completions", json=PROMPT).json()["choices"][0]["text"] == control
 
 
+@pytest.mark.slow
 def test_long_text_that_fits(http: httpx.Client) -> None:
     """A body far larger than the bound on headers, and a prompt of most of the context."""
     found = http.post("/tokenize", json={"prompt": "word " * (MB // 5)})

@@ -165,6 +165,7 @@ def check_no_compiles(before: dict[str, float], after: dict[str, float]) -> None
     assert is_idle(after)
 
 
+@pytest.mark.slow
 async def test_preemption_compiles_nothing_and_changes_nothing(server: Served, tmp_path: Path) -> None:
     """A pool for about 256 tokens and four requests of 150: they push each other out, and say the same.
 

@@ -110,11 +110,11 @@ def test_tokens_equal_naive_forward(block: int, overlap: bool) -> None:
         run_schedule(w, seed, overlap)
 
 
-# Latents come with experts; experts beside windows and sinks compile for as long again.
-SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "delta")]
+# Latents come with experts, and test_llm has packed weights: the others compile for as long again.
+SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "delta", "packed")]
 
 
-@pytest.mark.parametrize("kind", [*SELDOM, "latent", "states", "packed"])
+@pytest.mark.parametrize("kind", [*SELDOM, "latent", "states"])
 @pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> None:
     """The same net over packed weights and a quantized cache: what is stored never depends on chunks or hits.

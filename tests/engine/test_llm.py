@@ -266,7 +266,8 @@ def small_llm(name: str, cache_dir: Path, **options: Any) -> LLM:
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt_oss", marks=pytest.mark.slow), "deepseek_v3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 def test_experts_sinks_and_latents_from_folder_to_tokens(name: str, tmp_path: Path) -> None:
     """Chunked prefill and paged decode equal what transformers computed in one piece."""
     cases = models.expected(name)[1:4]

@@ -183,19 +183,11 @@ REMOVALS = [
 ]
 
 
-# What one family shows for another that takes the same part; a forward over states compiles for a second or two.
-SHOWN_ELSEWHERE = {
-    ("mamba2", "eps"),
-    *(("granitemoehybrid", f) for f in ("normalized weights", "embedding", "residual", "logits", "scale")),
-    ("granitemoehybrid", "convolution's bias"),
-    *(("granitemoehybrid_dense", f) for f in ("qkv_bias", "mamba's biases")),
-    *(("qwen3_next", f) for f in ("qk_norm", "normalized weights", "shared expert", "shared gate")),
-}
-
-
 def removals(rows):
+    """A feature is shown for the first family that has it; for the others on demand, since each compiles a forward."""
+    first = {feature: name for name, feature, _ in reversed(rows)}
     return [
-        pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=[pytest.mark.slow] if row[:2] in SHOWN_ELSEWHERE else [])
+        pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=[] if first[row[1]] == row[0] else [pytest.mark.slow])
         for row in rows
     ]
 
