@@ -37,6 +37,7 @@ def llm(default_model_path: Path) -> Iterator[LLM]:
         yield model
 
 
+@pytest.mark.slow
 def test_next_token_logits(llm: LLM, prompts: list[list[int]], expected: dict[str, np.ndarray]) -> None:
     for i, prompt in enumerate(prompts):
         logits = llm.logits(prompt)[-1].astype(np.float64)
@@ -48,6 +49,7 @@ def test_next_token_logits(llm: LLM, prompts: list[list[int]], expected: dict[st
         assert abs(logsumexp - expected["logsumexp"][i]) < TOLERANCE * abs(logsumexp)
 
 
+@pytest.mark.slow
 def test_logits_of_a_shifted_prompt_differ(llm: LLM, prompts: list[list[int]], expected: dict[str, np.ndarray]) -> None:
     """The comparison can fail: one token too few is far outside the tolerance."""
     got = llm.logits(prompts[20][:-1])[-1][expected["sample"]]

@@ -178,6 +178,7 @@ def test_command_lines(argv: list[str], code: int, cause: str, default_model_pat
     assert cause in error_line(octavo(*argv, *port, timeout_s=120), code)
 
 
+@pytest.mark.slow
 def test_text_that_is_no_text(server: Served) -> None:
     """Bytes that are not UTF-8, on the command line and on standard input."""
     done = subprocess.run(
