@@ -17,15 +17,11 @@ from engine.registry import resolve_model
 from engine.resolve import DeviceFacts, resolve, usable_bytes
 from pallas_kernels.target import CHIPS
 from sharding.mesh import parts_of
-from sharding.rules import ShardingError, load_strategy
 
 
 def planned_config(options: EngineOptions, model: ModelConfig, device: DeviceFacts) -> EngineConfig:
-    """`options` resolved for the devices. Raises InvalidParam where the sharding file is wrong or does not fit."""
-    try:
-        return resolve(options, model, "bfloat16", device, strategy=load_strategy(options.sharding))
-    except ShardingError as error:
-        raise InvalidParam("sharding", str(error)) from None
+    """`options` resolved for devices that need not be there: the weights of a config alone are bfloat16."""
+    return resolve(options, model, "bfloat16", device)
 
 
 def explain(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> dict[str, Any]:

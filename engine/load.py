@@ -18,7 +18,7 @@ import numpy as np
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig, EngineOptions, cache_root
 from engine.device import device_facts
-from engine.errors import CapacityError, InvalidParam
+from engine.errors import CapacityError
 from engine.executables import (
     Executable,
     NoProgramCache,
@@ -43,7 +43,6 @@ from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
 from pallas_kernels.quantized import Quantized
 from sharding.mesh import mesh_of
-from sharding.rules import ShardingError, load_strategy
 
 log = logging.getLogger("octavo.engine")
 CacheFor = Callable[[EngineConfig], ProgramCache]
@@ -99,11 +98,7 @@ def configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFact
     specs = param_specs(checkpoint.config, jnp.dtype(checkpoint.dtype))
     stored = checkpoint.stored(specs)
     packings = tuple((name, weight.packing) for name, weight in stored.items() if weight.packing)
-    try:
-        strategy = load_strategy(options.sharding)
-        config = resolve(options, checkpoint.config, checkpoint.dtype, device, packings, strategy)
-    except ShardingError as error:
-        raise InvalidParam("sharding", str(error)) from None
+    config = resolve(options, checkpoint.config, checkpoint.dtype, device, packings)
     if config.quantization is None:
         specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
         for line in summary(stored, dict(config.stored), specs):
@@ -125,7 +120,8 @@ def tokenizer_of(options: EngineOptions, path: Path) -> Tokenizer:
 def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Any]:
     """All weights on the devices, one at a time, each in its shards, in the engine's dtype or packed as asked."""
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
-    mesh, cuts = mesh_of(config.shards), param_cuts(checkpoint.config, config)
+    mesh = mesh_of(config.shards)
+    cuts = {} if mesh is None else param_cuts(checkpoint.config, config)
     loaded = 0
 
     def put(name: str, array: np.ndarray | Quantized) -> Any:

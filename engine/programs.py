@@ -134,9 +134,11 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: M
 
 def _mapped(program: Program, model: ModelConfig, config: EngineConfig, mesh: Mesh | None) -> Program:
     """A step's program over the mesh: parameters and pages are cut, slots, vector and output are everywhere."""
+    if mesh is None:
+        return program
     kv, everywhere = kv_cuts(model, config), PartitionSpec()
     cuts = ((param_cuts(model, config), kv, everywhere, everywhere), (kv, everywhere, everywhere))
-    return program if mesh is None else replace(program, mesh=mesh, cuts=cuts)
+    return replace(program, mesh=mesh, cuts=cuts)
 
 
 def logits_program(model: ModelConfig, config: EngineConfig, tokens: int, mesh: Mesh | None = None) -> Program:

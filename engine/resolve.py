@@ -14,7 +14,8 @@ from engine.model.config import ModelConfig
 from engine.model.packing import Packings
 from engine.model.params import axis_sizes
 from pallas_kernels.target import KVDtype, Target
-from sharding.rules import SINGLE, Strategy
+from sharding.rules import ShardingError, load_strategy
+from sharding.shards import Shards
 
 GIB = 1 << 30
 CPU_KV_BYTES = 1 * GIB  # enough for dozens of chats with a small model; the rest stays the user's
@@ -78,11 +79,11 @@ def resolve(
     native_dtype: str,
     device: DeviceFacts,
     stored: Packings = (),
-    strategy: Strategy = SINGLE,
 ) -> EngineConfig:
     """Concrete configuration but for the KV pool, which `with_pages` sizes (num_pages is 2 until then).
 
-    stored: the parameters that the checkpoint has packed, and how. strategy: `options.sharding`, read.
+    stored: the parameters that the checkpoint has packed, and how. Raises InvalidParam, also where the
+    sharding file is wrong or does not fit the model and its devices.
     """
     defaults = DEFAULTS[device.platform]
     max_model_len = options.max_model_len or model.max_position
@@ -104,7 +105,7 @@ def resolve(
         stored=stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else (),
         state_checkpoints=checkpoints,
         target=target,
-        shards=strategy.shards(axis_sizes(model), device.count),
+        shards=shards_of(options.sharding, model, device.count),
         page_size=options.page_size or defaults.page_size,
         num_pages=2,
         decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),
@@ -116,6 +117,14 @@ def resolve(
         max_queued_requests=options.max_queued_requests,
         seed=options.seed,
     )
+
+
+def shards_of(sharding: str, model: ModelConfig, num_devices: int) -> Shards:
+    """What a sharding file, or one of configs/sharding, comes to for the model on so many devices."""
+    try:
+        return load_strategy(sharding).shards(axis_sizes(model), num_devices)
+    except ShardingError as error:
+        raise InvalidParam("sharding", str(error)) from None
 
 
 def _states(options: EngineOptions, model: ModelConfig, dtype: str, device: DeviceFacts) -> tuple[int, int | None]:

@@ -92,9 +92,6 @@ class Strategy:
         return f"sharding {self.name}: {rules[0].logical} {which} does not divide over {over}; rules tried: {tried}"
 
 
-SINGLE = Strategy("single")
-
-
 def strategies() -> list[str]:
     """The names of the files in configs/sharding."""
     folder = resources.files("configs") / "sharding"
