@@ -7,13 +7,15 @@ A program is called with flat lists of arrays, so a call costs no tree traversal
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,15 +145,29 @@ class ProgramCache:
             return None
         return Executable(program, serialize_executable.deserialize_and_load(payload, in_tree, out_tree))
 
+    @contextmanager
+    def alone(self, program: Program) -> Iterator[None]:
+        """While inside, no other process that starts with this cache compiles the program."""
+        self._make()
+        with (self.folder / f".{program.name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # a network file system without locks
+                log.warning("%s: processes that start together compile the same programs: %s", self.folder, error)
+            yield
+
     def save(self, executable: Executable) -> None:
-        self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder.parent, self.folder):  # a mode given with `parents` is the last one's alone
-            folder.mkdir(exist_ok=True, mode=0o700)
-        self._check_owner()
+        self._make()
         payload, _, _ = serialize_executable.serialize(executable.compiled)
         partial = self.folder / f".{executable.name}.{os.getpid()}"
         partial.write_bytes(hashlib.sha256(payload).digest() + payload)
         partial.rename(self.folder / f"{executable.name}.bin")
+
+    def _make(self) -> None:
+        self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder.parent, self.folder):  # a mode given with `parents` is the last one's alone
+            folder.mkdir(exist_ok=True, mode=0o700)
+        self._check_owner()
 
     def _check_owner(self) -> None:
         for folder in (self.folder, self.folder.parent):
@@ -170,6 +186,10 @@ class NoProgramCache(ProgramCache):
 
     def load(self, program: Program) -> Executable | None:
         return None
+
+    @contextmanager
+    def alone(self, program: Program) -> Iterator[None]:
+        yield
 
     def save(self, executable: Executable) -> None:
         pass
@@ -198,19 +218,25 @@ def compile_all(programs: Sequence[Program], cache: ProgramCache, report: Report
 
 
 def compile_one(program: Program, cache: ProgramCache) -> Executable:
-    loaded = cache.load(program)
-    if loaded is not None:
+    if (loaded := cache.load(program)) is not None:
         return loaded
+    with cache.alone(program):
+        if (loaded := cache.load(program)) is not None:
+            return loaded
+        executable = _compiled(program)
+        cache.save(executable)
+    return executable
+
+
+def _compiled(program: Program) -> Executable:
     try:
-        executable = Executable(program, program.lower().compile())
+        return Executable(program, program.lower().compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "exceeds available" in str(error):
             raise CapacityError(
                 f"program {program.name} does not fit the device: {str(error).splitlines()[0]}"
             ) from error
         raise
-    cache.save(executable)
-    return executable
 
 
 def _digest(module: str, facts: dict[str, Any]) -> str:

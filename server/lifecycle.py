@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from engine.pooling.texts import PairCodec
 from engine.request import Request, TextDelta
 from server.errors import ApiError, engine_fault, not_ready, shutting_down, wrong_task
 
@@ -44,12 +45,8 @@ class TextCodec(Protocol):
     ) -> str: ...
 
 
-class PairCodec(TextCodec, Protocol):
+class TextAndPairCodec(TextCodec, PairCodec, Protocol):
     """Besides, what pooling asks."""
-
-    def encode_parts(
-        self, text: str, pair: str | None = None, *, add_special_tokens: bool = True, max_tokens: int | None = None
-    ) -> tuple[list[int], list[int]]: ...
 
 
 class ServedConfig(Protocol):
@@ -103,7 +100,7 @@ class PoolingHandle(ModelHandle, Protocol):
     @property
     def config(self) -> PoolingConfig: ...
     @property
-    def tokenizer(self) -> PairCodec | None: ...
+    def tokenizer(self) -> TextAndPairCodec | None: ...
     @property
     def num_types(self) -> int: ...
     def check(self, text: TextIds, param: str = "input") -> None: ...

@@ -23,14 +23,14 @@ Rule = Callable[[str, ast.Module], list[str]]
 MAY_IMPORT = {
     "server": ("engine", "configs"),
     "engine": ("pallas_kernels", "sharding", "configs"),
-    "engine.model": ("pallas_kernels", "sharding", "engine.errors"),
+    "engine.model": ("pallas_kernels", "sharding", "engine.errors", "engine.json_file"),
     "pallas_kernels": (),
     "sharding": (),
     "configs": (),
 }
 # Host bookkeeping: tested in milliseconds, on a machine without JAX.
 NO_JAX = {
-    *(f"engine.{name}" for name in ("request", "errors", "config", "stats", "sequence")),
+    *(f"engine.{name}" for name in ("request", "errors", "json_file", "config", "stats", "sequence")),
     *(f"engine.{name}" for name in ("pages", "checkpoints", "prefix_cache", "scheduler", "policy")),
     *(f"engine.pooling.{name}" for name in ("config", "request")),
     "server.cli",

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.config import EngineOptions
+from engine.load import tokenizer_of
+from tests.e2e.serving import OPTIONS
 
 FIXTURE = Path(__file__).parent / "fixtures" / "real_model.npz"
 TOLERANCE = 1e-3  # of the norm of the logits, and the margin under which two tokens count as a tie
@@ -33,7 +36,7 @@ def prompts(expected: dict[str, np.ndarray]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def llm(default_model_path: Path) -> Iterator[LLM]:
-    with LLM(str(default_model_path), dtype="float32", max_num_seqs=8, max_num_batched_tokens=256) as model:
+    with LLM(str(default_model_path), **OPTIONS) as model:
         yield model
 
 
@@ -69,11 +72,12 @@ def test_greedy_tokens(llm: LLM, prompts: list[list[int]], expected: dict[str, n
             assert expected["margin"][i][first] < TOLERANCE * np.abs(expected["top"][i]).max(), (i, first)
 
 
-def test_chat_template_and_tokenizer(llm: LLM, prompts: list[list[int]], expected: dict[str, np.ndarray]) -> None:
+def test_chat_template_and_tokenizer(
+    default_model_path: Path, prompts: list[list[int]], expected: dict[str, np.ndarray]
+) -> None:
     """The templated prompts of the fixture were tokenized by transformers."""
     questions = expected["questions"].tolist()
-    tokenizer = llm.engine.tokenizer
-    assert tokenizer is not None
+    tokenizer = tokenizer_of(EngineOptions(), default_model_path)
     for question, want in zip(questions, prompts[-len(questions) :], strict=True):
         text = tokenizer.render_chat([{"role": "user", "content": question}])
         assert tokenizer.encode(text, add_special_tokens=False) == want

@@ -37,11 +37,10 @@ def linear(x: Array, weight: Array | Quantized, target: Target) -> Array:
     return product("ti,io->to", x, weight).astype(x.dtype)
 
 
-def rms_norm(x: Array, weight: Array, eps: float, num_axes: int = 1) -> Array:
-    """Root-mean-square norm over the last `num_axes` axes, in float32 (arXiv 1910.07467)."""
-    axes = tuple(range(-num_axes, 0))
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis, in float32 (arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
 
 

@@ -7,13 +7,13 @@ vector; options win over them.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import InvalidParam, ModelError
+from engine.json_file import read_json, read_json_array
 from pallas_kernels.target import Target
 
 PoolingKind = Literal["cls", "mean", "last"]
@@ -92,13 +92,13 @@ def read_pooling(folder: Path) -> Pooling:
     modules = folder / MODULES
     if not modules.is_file():
         return Pooling()
-    kinds = [_module(entry, modules) for entry in _json(modules, list)]
+    kinds = [_module(entry, modules) for entry in read_json_array(modules)]
     names = [kind for kind, _ in kinds]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
         raise ModelError(f"{modules}: the modules {', '.join(names)} are not supported; known: Transformer, Pooling, "
                          "and perhaps Normalize")  # fmt: skip
     sentence = folder / "sentence_bert_config.json"
-    longest = _json(sentence, dict).get("max_seq_length") if sentence.is_file() else None
+    longest = read_json(sentence).get("max_seq_length") if sentence.is_file() else None
     if longest is not None and (type(longest) is not int or longest < 1):
         raise ModelError(f"{sentence}: max_seq_length = {longest!r} must be a positive integer")
     return Pooling(_kind(folder / kinds[1][1] / "config.json"), "Normalize" in names, longest, _prompt(folder))
@@ -114,7 +114,7 @@ def _module(entry: Any, where: Path) -> tuple[str, str]:
 
 
 def _kind(file: Path) -> PoolingKind:
-    config = _json(file, dict)
+    config = read_json(file)
     mode = config.get("pooling_mode")
     if isinstance(mode, str) and mode in _KIND_OF_MODE:
         return _KIND_OF_MODE[mode]
@@ -127,18 +127,6 @@ def _kind(file: Path) -> PoolingKind:
 
 def _prompt(folder: Path) -> str | None:
     file = folder / "config_sentence_transformers.json"
-    config = _json(file, dict) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     return prompts.get(name) if name and isinstance(prompts, Mapping) else None
-
-
-def _json(file: Path, kind: type) -> Any:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ModelError(f"{file}: must hold a JSON {'array' if kind is list else 'object'}")
-    return value

@@ -16,12 +16,13 @@ from engine.config import EngineOptions, cache_root
 from engine.device import device_facts
 from engine.errors import CapacityError, InvalidParam, ModelError
 from engine.executables import NoProgramCache, ProgramCache, Report, compile_all, count_compiles
+from engine.json_file import read_json
 from engine.load import display_name, tokenizer_of
 from engine.model.encoder_config import EncoderConfig
 from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.encoder import EncoderCheckpoint, is_encoder, open_encoder
-from engine.model.weights.hf import open_hf, read_json
+from engine.model.weights.hf import open_hf
 from engine.pooling.config import MODULES, Matryoshka, PoolingConfig, read_pooling
 from engine.pooling.engine import PoolingEngine
 from engine.pooling.programs import PoolingModel, param_shapes, pooling_programs, specs_of

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.serving import COMMAND, MODEL, ROOT, Served, flags, is_idle, octavo
+from tests.e2e.serving import COMMAND, MODEL, OPTIONS, ROOT, Served, flags, is_idle, octavo
 
 pytestmark = pytest.mark.model
 
@@ -182,7 +182,7 @@ def test_command_lines(argv: list[str], code: int, cause: str, default_model_pat
 def test_text_that_is_no_text(server: Served) -> None:
     """Bytes that are not UTF-8, on the command line and on standard input."""
     done = subprocess.run(
-        [*COMMAND, "generate", b"\xff\xfe", *flags(dtype="float32", max_num_seqs=8, max_num_batched_tokens=256)],
+        [*COMMAND, "generate", b"\xff\xfe", *flags(**OPTIONS)],
         cwd=ROOT, capture_output=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1 and b"octavo: error: " in done.stderr and b"UTF-8" in done.stderr, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
@@ -73,7 +74,23 @@ def test_a_program_is_compiled_once_and_loaded_later(tmp_path: Path) -> None:
     assert (num_first, num_second) == (1, 0)
     assert run(first) == run(second) == EXPECTED
     assert first.memory().aliased == second.memory().aliased == 24, "donation survives the disk"
-    assert [p.name for p in cache(tmp_path).folder.iterdir()] == ["double.bin"], "no partial files are left"
+    left = sorted(path.name for path in cache(tmp_path).folder.iterdir())
+    assert left == [".double.lock", "double.bin"], "no partial files are left"
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    """The second waits for the first, and loads what that one saved."""
+    mine, found = cache(tmp_path), []
+    with mine.alone(program()):
+        other = Thread(target=lambda: found.append(compile_one(program(), cache(tmp_path))))
+        other.start()
+        other.join(timeout=0.3)
+        assert other.is_alive() and not found
+        mine.save(compile_one(program(), NoProgramCache()))
+        later = Counters()
+        count_compiles(later)
+    other.join(timeout=60)
+    assert run(found[0]) == EXPECTED and later.compiles == 0
 
 
 def test_compile_all_reports_and_names(tmp_path: Path) -> None:

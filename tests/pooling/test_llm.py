@@ -223,7 +223,7 @@ def changed(name: str, folder: Path, file: str, change: Any) -> Path:
         ("modules.json", lambda m: [*m, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}],
          r"modules\.json: the modules Transformer, Pooling, Normalize, Dense are not supported"),
         ("modules.json", lambda m: [m[0]], "the modules Transformer are not supported"),
-        ("modules.json", lambda m: {"a": 1}, r"modules\.json: must hold a JSON array"),
+        ("modules.json", lambda m: {"a": 1}, r"modules\.json: not a JSON array"),
         ("modules.json", lambda m: [{**m[0], "path": "../up"}, *m[1:]], "is not a folder in this one"),
         ("1_Pooling/config.json", lambda c: c | {"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens is not"),
         ("1_Pooling/config.json", lambda c: {"pooling_mode": "max"}, "pooling_mode 'max' is not supported"),

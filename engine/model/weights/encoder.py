@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ModelError
+from engine.json_file import read_json
 from engine.model.encoder import encoder_specs
 from engine.model.encoder_config import EncoderConfig
 from engine.model.families.bert import ENCODERS, encoder_config
 from engine.model.weights.checkpoint import Dtype, Put, T
-from engine.model.weights.hf import StoredTensor, check_stored, native_dtype, read_json, read_tensor, read_tensors
+from engine.model.weights.hf import StoredTensor, check_stored, native_dtype, read_tensor, read_tensors
 from engine.model.weights.names import Piece, View
 from sharding.params import ParamSpec
 

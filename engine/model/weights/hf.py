@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
+from engine.json_file import read_json
 from engine.model.config import ModelConfig
 from engine.model.families import model_config
 from engine.model.packing import Packing
@@ -33,7 +34,6 @@ from sharding.params import ParamSpec
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_JSON_BYTES = 50_000_000
 # Stored dtypes that hold weights; float16 is served as bfloat16 unless float32 is asked for.
 DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 # Read by hand: safetensors has no numpy type for them.
@@ -361,18 +361,3 @@ def _end_token_ids(folder: Path, hf: Mapping[str, Any]) -> tuple[int, ...]:
             raise ModelError(f"{file}: eos_token_id must be a token id or a list of them, got {value!r}")
         return tuple(ids)
     return ()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelError that names the file."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{file}: {file.stat().st_size} bytes is too long for this file")
-        data = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{file}: not a JSON object")
-    return data

@@ -20,12 +20,12 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from engine.errors import ModelError
+from engine.json_file import read_json
 from engine.model.config import ModelConfig
 from engine.model.families import model_config
 from engine.model.packing import Packing
 from engine.model.params import param_specs
 from engine.model.weights.checkpoint import NO_PACKINGS, Dtype, Put, StoredWeight, T
-from engine.model.weights.hf import read_json
 from engine.model.weights.manifest import MANIFEST, Manifest, manifest_from_dict, manifest_to_dict
 from sharding.params import ParamSpec
 
