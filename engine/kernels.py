@@ -13,7 +13,7 @@ from engine.batch import StepKey, lattice
 from engine.config import EngineConfig
 from engine.errors import InvalidParam
 from engine.model.config import DeltaRule, LayerSpec, ModelConfig
-from engine.programs import compute_of, param_shapes
+from engine.programs import compute_of, local_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.gated_delta import api as gated_delta
 from pallas_kernels.grouped_matmul import api as grouped_matmul
@@ -41,7 +41,8 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
 
 
 def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
-    layout, matmuls = compute_of(model, config).kv, _matmuls(model, config)
+    compute, matmuls = compute_of(model, config), _matmuls(model, config)
+    model, layout = compute.model, compute.kv
     for key in lattice(config):
         tokens = key.tokens + key.rows
         for spec in dict.fromkeys(model.layers):
@@ -60,8 +61,8 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
 
 
 def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
-    """(rows of x a token, abstract weight) of the products that have kernels, each kind of weight once."""
-    weights = [(name.split(".")[-1], weight) for name, weight in param_shapes(model, config).items()]
+    """(rows of x a token, a device's abstract weight) of the products that have kernels, each kind of weight once."""
+    weights = [(name.split(".")[-1], weight) for name, weight in local_shapes(model, config).items()]
     found = []
     for name, weight in {f"{name} {weight}": (name, weight) for name, weight in weights}.values():
         if model.experts is not None and name in ("experts_gate_up", "experts_down"):

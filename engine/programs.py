@@ -23,7 +23,7 @@ from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
 from engine.steps import Compute
 from pallas_kernels.kv_layout import kv_layout
-from sharding.mesh import param_cut, parts_of
+from sharding.mesh import param_cut
 from sharding.params import ParamSpec
 from sharding.shards import Shards
 
@@ -72,12 +72,20 @@ def _cut_of(shards: Shards, name: str, spec: ParamSpec, leaf: Shapes) -> Partiti
     return PartitionSpec(*(axes if size > 1 else None for size, axes in zip(leaf.shape, cut, strict=True)))
 
 
+def local_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+    """Abstract parameters as one device has them."""
+
+    def share(leaf: Shapes, cut: PartitionSpec) -> Shapes:
+        sizes = (size // config.shards.parts(axes) for size, axes in zip(leaf.shape, cut, strict=True))
+        return Shapes(tuple(sizes), leaf.dtype)
+
+    return jax.tree.map(share, param_shapes(model, config), param_cuts(model, config))
+
+
 def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes on one device of weights, slots and recurrent states."""
-    shapes, cuts = param_shapes(model, config), param_cuts(model, config)
-    weights = jax.tree.map(lambda leaf, cut: _bytes(leaf) // parts_of(config.shards, cut), shapes, cuts)
-    slots = sum(map(_bytes, jax.tree.leaves(slots_of(model, config))))
-    return sum(jax.tree.leaves(weights)) + slots + state_bytes(model, config)
+    held = jax.tree.leaves((local_shapes(model, config), slots_of(model, config)))
+    return sum(map(_bytes, held)) + state_bytes(model, config)
 
 
 def _bytes(leaf: Shapes) -> int:

@@ -22,8 +22,9 @@ from engine.kernels import kernel_choices
 from engine.model.config import LayerSpec, ModelConfig, Rope
 from engine.model.families import model_config
 from engine.model.known import known_config
-from engine.programs import page_bytes, state_bytes, step_program
+from engine.programs import held_bytes, page_bytes, state_bytes, step_program
 from engine.resolve import DeviceFacts, resolve
+from sharding.mesh import mesh_of
 from sharding.topology import topology_devices
 
 SMOLLM2 = ModelConfig(
@@ -75,6 +76,12 @@ CHIPS = {
     "tpu7x:2x2x1": DeviceFacts("tpu", 96 << 30, True, "tpu7x"),
     "h200:1": DeviceFacts("gpu", 141 << 30, True, "h200"),
 }
+MESHES = {
+    "v6e:2x2": DeviceFacts("tpu", 32 << 30, True, "v6e", 4),
+    "v6e:2x4": DeviceFacts("tpu", 32 << 30, True, "v6e", 8),
+    "tpu7x:2x2x1": DeviceFacts("tpu", 96 << 30, True, "tpu7x", 8),
+    **{f"h200:{count}": DeviceFacts("gpu", 141 << 30, True, "h200", count) for count in (2, 4, 8)},
+}
 PACKED: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"quantization": "int8", "kv_cache_dtype": "int8"}}
 POOL_BYTES = 3 << 30  # a quarter is more than a step's activations, and less than Llama-8B's LM head
 KEYS = {"decode": StepKey(0, 64), "prefill": StepKey(1024, 0), "mixed": StepKey(256, 256)}
@@ -89,8 +96,8 @@ def compile_for(chip: str, program: Program) -> Memory:
     return Executable(program, program.lower().compile()).memory()
 
 
-def config_for(model: ModelConfig, chip: str, **options: Any) -> EngineConfig:
-    config = resolve(EngineOptions(max_model_len=8192, **options), model, "bfloat16", CHIPS[chip])
+def config_for(model: ModelConfig, chip: str, devices: dict[str, DeviceFacts] = CHIPS, **options: Any) -> EngineConfig:
+    config = resolve(EngineOptions(max_model_len=8192, **options), model, "bfloat16", devices[chip])
     bytes_a_page = page_bytes(model, config)
     useful = config.max_num_seqs * config.max_pages_per_seq
     return replace(config, num_pages=POOL_BYTES // bytes_a_page if bytes_a_page else useful)
@@ -148,6 +155,38 @@ def test_step_compiles_without_a_second_pool(model: ModelConfig, kind: str, chip
     assert memory.temporary < pool / 4, f"{memory.temporary:,} bytes of temporaries beside a pool of {pool:,}"
 
 
+def meshed_cases() -> Iterator[Any]:
+    """(model, kind of step, devices, sharding, options)."""
+    tensor = {"h200:2": ("llama-3.1-8b",), "h200:8": ("llama-3.1-8b", "llama-3.1-70b"), "h200:4": ("llama-3.1-70b",),
+              "v6e:2x4": ("llama-3.1-8b", "llama-3.1-70b"), "tpu7x:2x2x1": ("llama-3.1-70b",)}  # fmt: skip
+    for chip, names in tensor.items():
+        for name in names:
+            for kind in KEYS:
+                options = PACKED["int8"] if name.endswith("70b") else {}
+                marks = [] if (chip, kind) == ("h200:2", "decode") else [pytest.mark.slow]
+                yield pytest.param(name, kind, chip, "tp", options, marks=marks, id=f"{name}-tp-{kind}-{chip}")
+    for chip in ("v6e:2x2", "h200:4"):
+        for kind in KEYS:
+            case = ("qwen3-30b-a3b", kind, chip, "ep", {})
+            yield pytest.param(*case, marks=[pytest.mark.slow], id=f"qwen3-30b-a3b-ep-{kind}-{chip}")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("name", "kind", "chip", "sharding", "options"), list(meshed_cases()))
+def test_meshed_step_compiles_without_a_second_pool(
+    name: str, kind: str, chip: str, sharding: str, options: dict[str, Any]
+) -> None:
+    """Two layers over all devices of a topology: each holds its share of weights and pages once."""
+    model = first_layers(known_config(name), 2)
+    config = config_for(model, chip, MESHES, sharding=sharding, **options)
+    program = step_program(model, config, KEYS[kind], mesh_of(config.shards, topology_devices(chip)))
+    memory = Executable(program, program.lower().compile()).memory()
+    pool = pool_bytes(model, config)
+    assert memory.aliased >= pool, "the donated pool must be updated in place"
+    assert memory.temporary < pool / 4, f"{memory.temporary:,} bytes of temporaries beside a pool of {pool:,}"
+    assert memory.arguments < pool + 1.05 * held_bytes(model, config), "a share of the weights, not all of them"
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     "model", [SMOLLM2, LLAMA_8B, LLAMA_70B, QWEN3_30B, *FAMILIES.values(), *RECURRENT.values()], ids=lambda m: m.family
@@ -163,6 +202,17 @@ def test_steps_run_on_kernels(model: ModelConfig, chip: str, packed: bool) -> No
         chosen.setdefault(op.removesuffix(":"), set()).add(implementation)
     for op, implementations in chosen.items():
         assert platform in implementations or op in left_to_xla(model, platform, packed), (op, implementations)
+
+
+@pytest.mark.parametrize(("name", "chip", "sharding"), [
+    ("llama-3.1-70b", "v6e:2x4", "tp"), ("llama-3.1-70b", "h200:8", "tp"), ("qwen3-30b-a3b", "h200:4", "ep"),
+])  # fmt: skip
+def test_a_devices_share_runs_on_kernels(name: str, chip: str, sharding: str) -> None:
+    """They are chosen for the shapes of one device: 8 query heads of 64 over one KV head of 8."""
+    model = known_config(name)
+    config = config_for(model, chip, MESHES, sharding=sharding)
+    lines = [line for line in kernel_choices(model, config) if line.startswith(("decode_attention", "grouped"))]
+    assert lines and all(line.split()[1] == config.target.platform for line in lines), lines
 
 
 def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
