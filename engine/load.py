@@ -33,10 +33,11 @@ from engine.kernels import kernel_choices
 from engine.loop import Engine
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
+from engine.model.place import with_copies
 from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
-from engine.programs import held_bytes, page_bytes, param_cuts, serving_programs, step_program
+from engine.programs import held_bytes, page_bytes, param_cuts, served_specs, serving_programs, step_program
 from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
@@ -120,20 +121,32 @@ def tokenizer_of(options: EngineOptions, path: Path) -> Tokenizer:
 def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Any]:
     """All weights on the devices, one at a time, each in its shards, in the engine's dtype or packed as asked."""
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
-    mesh = mesh_of(config.shards)
-    cuts = {} if mesh is None else param_cuts(checkpoint.config, config)
+    to_device = placer(checkpoint.config, config)
     loaded = 0
 
     def put(name: str, array: np.ndarray | Quantized) -> Any:
         nonlocal loaded
         loaded += 1
         report("load weights", loaded / len(specs))
-        packed = pack(specs[name], array, config.quantization)
-        return jax.device_put(packed, None if mesh is None else placed(mesh, packed, cuts[name]))
+        return to_device(name, array)
 
     params = checkpoint.load(specs, put, dict(config.stored))
     jax.block_until_ready(params)
     return params
+
+
+def placer(model: ModelConfig, config: EngineConfig) -> Callable[[str, np.ndarray | Quantized], Any]:
+    """put(name, host array of the parameter's spec): packed as asked, and in its shards."""
+    specs, served = param_specs(model, jnp.dtype(config.dtype)), served_specs(model, config)
+    mesh = mesh_of(config.shards)
+    cuts = {} if mesh is None else param_cuts(model, config)
+    copies = config.shards.num_copies("kv_heads")
+
+    def put(name: str, array: np.ndarray | Quantized) -> Any:
+        packed = pack(served[name], with_copies(name, specs[name], array, copies), config.quantization)
+        return jax.device_put(packed, None if mesh is None else placed(mesh, packed, cuts[name]))
+
+    return put
 
 
 def size_pool(

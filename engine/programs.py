@@ -17,7 +17,7 @@ from engine.errors import ModelError
 from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.place import local_model
+from engine.model.place import local_model, replicated
 from engine.model.quantization import packed_shape, packing_of
 from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
@@ -30,9 +30,14 @@ from sharding.shards import Shards
 Shapes = jax.ShapeDtypeStruct
 
 
+def served_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpec]:
+    """The parameters as the devices hold them: in the engine's dtype, a KV head as often as it is asked for."""
+    return param_specs(replicated(model, config.shards), jnp.dtype(config.dtype))
+
+
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
     """Abstract parameters as they are on the device."""
-    specs, stored = param_specs(model, jnp.dtype(config.dtype)), dict(config.stored)
+    specs, stored = served_specs(model, config), dict(config.stored)
     return {
         name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization))
         for name, spec in specs.items()
@@ -55,7 +60,7 @@ def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
     Raises ModelError where a cut would go through a group of rows that share a scale.
     """
-    specs = param_specs(model, jnp.dtype(config.dtype))
+    specs = served_specs(model, config)
     return {
         name: jax.tree.map(partial(_cut_of, config.shards, name, specs[name]), shape)
         for name, shape in param_shapes(model, config).items()

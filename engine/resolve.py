@@ -13,6 +13,7 @@ from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.packing import Packings
 from engine.model.params import axis_sizes
+from engine.model.place import replicated
 from pallas_kernels.target import KVDtype, Target
 from sharding.rules import ShardingError, load_strategy
 from sharding.shards import Shards
@@ -122,9 +123,11 @@ def resolve(
 def shards_of(sharding: str, model: ModelConfig, num_devices: int) -> Shards:
     """What a sharding file, or one of configs/sharding, comes to for the model on so many devices."""
     try:
-        return load_strategy(sharding).shards(axis_sizes(model), num_devices)
+        shards = load_strategy(sharding).shards(axis_sizes(model), num_devices)
     except ShardingError as error:
         raise InvalidParam("sharding", str(error)) from None
+    replicated(model, shards)  # raises where query heads do not divide over the copies of their KV head
+    return shards
 
 
 def _states(options: EngineOptions, model: ModelConfig, dtype: str, device: DeviceFacts) -> tuple[int, int | None]:

@@ -6,6 +6,7 @@
       - kv_heads: tensor
       - mlp: [expert, tensor]   # over the product of two axes
       - mlp: null               # not cut: the last resort, if it is wanted
+      - kv_heads: {axes: tensor, replicate: true}   # also where tensor is a multiple of them: several hold each
 
 A logical axis without a rule is not cut. Every error names file and line.
 """
@@ -26,6 +27,7 @@ from sharding.shards import Axis, Shards
 
 LOGICAL_AXES = ("vocab", "embed", "kv_heads", "q_heads", "head_dim", "mlp", "experts", "expert_mlp")
 UNCUT = ("embed", "head_dim")  # a cut there would need a sum after every layer's first product
+REPLICABLE = ("kv_heads",)  # a copy still has query heads of its own to serve; of others it would do the same work
 MAX_BYTES = 64 << 10
 MAX_DEVICES = 1 << 20
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -42,9 +44,17 @@ class Rule:
     logical: str
     mesh_axes: tuple[str, ...]
     line: int
+    replicate: bool = False  # also where the parts are a multiple of the size
 
     def __str__(self) -> str:
-        return f"{self.logical}: {' * '.join(self.mesh_axes) or 'null'} (line {self.line})"
+        over = " * ".join(self.mesh_axes) or "null"
+        return f"{self.logical}: {over}{', replicated' if self.replicate else ''} (line {self.line})"
+
+    def copies(self, sizes: tuple[int, ...], parts: int) -> int | None:
+        """How many of so many parts hold each element; None: the rule does not fit."""
+        if all(size % parts == 0 for size in sizes):
+            return 1
+        return parts // sizes[0] if self.replicate and len(sizes) == 1 and parts % sizes[0] == 0 else None
 
 
 @dataclass(frozen=True)
@@ -63,17 +73,23 @@ class Strategy:
         """
         mesh = self._filled(num_devices)
         found: dict[str, tuple[str, ...]] = {}
+        copies: dict[str, int] = {}
         for logical in sizes:
             rules = [rule for rule in self.rules if rule.logical == logical]
             for rule in rules:
-                over = math.prod(mesh[axis] for axis in rule.mesh_axes)
-                if all(size % over == 0 for size in sizes[logical]):
+                held_by = rule.copies(sizes[logical], math.prod(mesh[axis] for axis in rule.mesh_axes))
+                if held_by is not None:
                     found[logical] = tuple(axis for axis in rule.mesh_axes if mesh[axis] > 1)
+                    copies[logical] = held_by
                     break
             else:
                 if rules:
                     raise ShardingError(self._nothing_divides(rules, sizes[logical], mesh))
-        return Shards(tuple(Axis(*axis) for axis in mesh.items()), tuple((k, v) for k, v in found.items() if v))
+        return Shards(
+            tuple(Axis(*axis) for axis in mesh.items()),
+            tuple((k, v) for k, v in found.items() if v),
+            tuple((k, v) for k, v in copies.items() if v > 1),
+        )
 
     def _filled(self, num_devices: int) -> dict[str, int]:
         known = math.prod(size for _, size in self.mesh if size is not None)
@@ -187,10 +203,24 @@ class _Reader:
             if len(entries) != 1:
                 raise self.wrong(item, "a rule has one logical axis")
             ((logical, over),) = entries.items()
-            mesh_axes = self.axes(over, axes)
+            mesh_axes, replicate = self.target(over, axes)
             if mesh_axes and logical in UNCUT:
                 raise self.wrong(item, f"{logical} cannot be cut")
-            yield Rule(logical, mesh_axes, item.start_mark.line + 1)
+            if replicate and logical not in REPLICABLE:
+                raise self.wrong(item, f"{logical} cannot be replicated, only {', '.join(REPLICABLE)}")
+            yield Rule(logical, mesh_axes, item.start_mark.line + 1, replicate)
+
+    def target(self, node: yaml.Node, known: list[str]) -> tuple[tuple[str, ...], bool]:
+        """(mesh axes, replicate) of what a rule says: axes alone, or a mapping with both."""
+        if not isinstance(node, yaml.MappingNode):
+            return self.axes(node, known), False
+        parts = self.mapping(node, ("axes", "replicate"), "a rule")
+        if "axes" not in parts:
+            raise self.wrong(node, "axes are missing")
+        asked = parts.get("replicate")
+        if asked is not None and (asked.tag != "tag:yaml.org,2002:bool" or not isinstance(asked.value, str)):
+            raise self.wrong(asked, "replicate must be true or false")
+        return self.axes(parts["axes"], known), asked is not None and asked.value.lower() == "true"
 
     def axes(self, node: yaml.Node, known: list[str]) -> tuple[str, ...]:
         if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":

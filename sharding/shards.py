@@ -16,10 +16,14 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """The mesh, and the mesh axes over whose product each logical axis is cut; static and hashable."""
+    """The mesh, and the mesh axes over whose product each logical axis is cut; static and hashable.
+
+    copies: of a logical axis that is cut into more parts than it has elements, how many hold each.
+    """
 
     mesh: tuple[Axis, ...] = ()
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    copies: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_devices(self) -> int:
@@ -31,6 +35,10 @@ class Shards:
     def count(self, logical: str) -> int:
         """Parts that the logical axis is in."""
         return self.parts(self.axes(logical))
+
+    def num_copies(self, logical: str) -> int:
+        """Parts that hold the same element of the logical axis."""
+        return dict(self.copies).get(logical, 1)
 
     def parts(self, axes: str | tuple[str, ...] | None) -> int:
         """Devices along the product of mesh axes, as an entry of a PartitionSpec names them."""

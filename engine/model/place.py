@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
+from engine.errors import InvalidParam
 from engine.model.config import ModelConfig
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import CPU, Target
+from sharding.params import ParamSpec
 from sharding.shards import WHOLE, Shards
 
 
@@ -42,8 +47,39 @@ class Place:
 ALONE = Place(CPU)
 
 
+def replicated(model: ModelConfig, shards: Shards) -> ModelConfig:
+    """The model with as many KV heads as there are parts of them: copies share the query heads of the one they copy.
+
+    Raises InvalidParam where those do not divide.
+    """
+    copies = shards.num_copies("kv_heads")
+    if model.q_per_kv % copies:
+        raise InvalidParam(
+            "sharding", f"a KV head has {model.q_per_kv} query heads, which do not divide over its {copies} copies"
+        )
+    return replace(model, num_kv_heads=model.num_kv_heads * copies)
+
+
+def with_copies(name: str, spec: ParamSpec, array: np.ndarray | Quantized, copies: int) -> Any:
+    """A host array of `spec` as the `replicated` model has it; all that is not a key's or a value's stays in order."""
+    short = name.split(".")[-1]
+    if copies == 1 or short not in ("qkv", "qkv_bias", "k_norm") or "kv_heads" not in spec.axes:
+        return array
+    at = spec.axes.index("kv_heads")
+
+    def copied(leaf: np.ndarray) -> np.ndarray:
+        if short == "k_norm":
+            return np.repeat(leaf, copies, axis=at)
+        *lead, kv_heads, group, head_dim = leaf.shape
+        queries = leaf[..., :-2, :].reshape(*lead, kv_heads * copies, (group - 2) // copies, head_dim)
+        return np.concatenate([queries, np.repeat(leaf[..., -2:, :], copies, axis=at)], axis=-2)
+
+    return jax.tree.map(copied, array)
+
+
 def local_model(model: ModelConfig, shards: Shards) -> ModelConfig:
     """The model as one device sees it: its share of the heads and of the MLPs. Experts are counted by all."""
+    model = replicated(model, shards)
     kind = "kv_heads" if model.latent is None else "q_heads"
     heads, mlp = shards.count(kind), shards.count("mlp")
     experts = model.experts and replace(

@@ -10,19 +10,19 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from engine.batch import StepKey
 from engine.config import EngineConfig
-from engine.executables import NoProgramCache, compile_all, compile_one, placed
+from engine.executables import NoProgramCache, compile_all, compile_one
+from engine.load import placer
 from engine.logits import TokenLogits
 from engine.model.config import Experts, Latent, LayerSpec, ModelConfig
 from engine.model.params import axis_sizes, param_specs
 from engine.model.quantization import pack
-from engine.programs import param_cuts, serving_programs, step_program
+from engine.programs import serving_programs, step_program
 from engine.runner import Runner
 from engine.stats import Counters
 from sharding.mesh import mesh_of
@@ -51,6 +51,7 @@ LATENT = replace(
     output_bias=False,
     latent=Latent(kv_rank=16, nope_dim=8, rope_dim=16, value_dim=12, q_rank=20),
 )  # fmt: skip
+GROUPED = replace(DENSE, num_kv_heads=2, qkv_bias=True, attention_sinks=True, attention_gate=True)
 slow = pytest.mark.slow
 # Two sums a layer and one for the embedding; the logits are gathered. The dense model norms over all heads, q and k
 # at once, which takes one more.
@@ -60,10 +61,12 @@ COLLECTIVES = [
     pytest.param("experts", "tp", TWO_A_LAYER, marks=slow),
     pytest.param("experts", "ep", TWO_A_LAYER),
     pytest.param("latent", "tp", TWO_A_LAYER, marks=slow),
+    pytest.param("grouped", "tp-replicated", {"all-reduce": 1 + 2 * 3, "all-gather": 1}, marks=slow),
 ]
-MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT}
+MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED}
 CASES = [
-    pytest.param("dense", "tp"),
+    pytest.param("dense", "tp", marks=slow),
+    pytest.param("grouped", "tp-replicated"),
     pytest.param("experts", "tp-ep", marks=slow),
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),
 ]
@@ -96,10 +99,9 @@ def flat(kind: str) -> dict[str, Any]:
 
 
 def world_of(kind: str, config: EngineConfig) -> World:
-    model, mesh, cuts = MODELS[kind], mesh_of(config.shards), param_cuts(MODELS[kind], config)
-    assert mesh is not None
-    params = {name: jax.device_put(array, placed(mesh, array, cuts[name])) for name, array in flat(kind).items()}
-    programs, counters = serving_programs(model, config, mesh), Counters()
+    model, put = MODELS[kind], placer(MODELS[kind], config)
+    params = {name: put(name, array) for name, array in host_params(kind).items()}
+    programs, counters = serving_programs(model, config, mesh_of(config.shards)), Counters()
     executables = compile_all(programs, NoProgramCache(), lambda phase, progress: None)
     runner = Runner(model, config, params, executables, counters)
     runner.warm_up()

@@ -44,6 +44,14 @@ def test_the_first_rule_that_divides_wins() -> None:
     assert shards.axes("vocab") == ("a",) and shards.axes("kv_heads") == ()
 
 
+def test_replication_is_a_stated_choice() -> None:
+    shards = load_strategy("tp-replicated").shards(LLAMA, 16)
+    assert shards.count("kv_heads") == 16 and shards.copies == (("kv_heads", 2),)
+    assert load_strategy("tp-replicated").shards(LLAMA, 8).copies == ()
+    with pytest.raises(ShardingError, match=r"kv_heads 8 does not .* tensor=12; .* tensor, replicated \(line 7\)"):
+        load_strategy("tp-replicated").shards({"kv_heads": (8,)}, 12)
+
+
 def test_what_does_not_divide_is_named_with_the_rules() -> None:
     with pytest.raises(ShardingError, match=r"kv_heads 8 does not divide over tensor=16; rules tried: kv_heads: tens"):
         load_strategy("tp").shards(LLAMA, 16)
@@ -69,6 +77,10 @@ def test_what_does_not_divide_is_named_with_the_rules() -> None:
         ("mesh: {a: 2}\nrules:\n- {mlp: a, vocab: a}\n", "line 3: a rule has one logical axis"),
         ("mesh: {a: 2}\nrules:\n- embed: a\n", "line 3: embed cannot be cut"),
         ("mesh: {a: 2}\nrules:\n- mlp: 3\n", "line 3: a name is expected"),
+        ("mesh: {a: 2}\nrules:\n- mlp: {axes: a, replicate: true}\n", "line 3: mlp cannot be replicated, only kv"),
+        ("mesh: {a: 2}\nrules:\n- kv_heads: {axes: a, replicate: 1}\n", "line 3: replicate must be true or false"),
+        ("mesh: {a: 2}\nrules:\n- kv_heads: {replicate: true}\n", "line 3: axes are missing"),
+        ("mesh: {a: 2}\nrules:\n- kv_heads: {axis: a}\n", "line 3: unknown key 'axis'; did you mean axes"),
         ("mesh: &m {a: 2}\nrules: *m\n", "line 1: anchors and aliases are not read"),
         ("a: &a\n  - *a\n", "line 1: anchors and aliases are not read"),
         ("mesh: {a: 2\n", "line 2 is not YAML"),
