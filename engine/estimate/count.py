@@ -1,0 +1,245 @@
+"""What one device does in one step, counted from shapes: FLOPs, bytes of its memory, collectives. Nothing is compiled.
+
+What is counted: every matrix that a step reads, once (of experts those that some token is expected to choose, were
+choices even); a product's input and output, once each, whatever is elementwise being fused; keys and values that some
+query sees, once a step, and those written; logits, written once and read twice. Tokens are those of the bucket that
+the step runs in, sequences those that are there. Masks, penalties and log-probabilities, which only requests that ask
+for them run, are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from engine.attend import expands
+from engine.config import EngineConfig
+from engine.estimate.links import Collective
+from engine.model.config import LayerSpec, ModelConfig
+from engine.model.layers import Params
+from engine.model.place import local_model
+from engine.programs import compute_of, local_shapes
+from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.quantized import Quantized
+
+VECTORS = ("conv",)  # two dimensions, and no matrix
+LOGITS_PASSES = 3  # one write; one read to see that they are finite, one to draw
+
+
+@dataclass(frozen=True)
+class Span:
+    """Sequences with so many new tokens each, behind `start` that are in the cache."""
+
+    tokens: int
+    start: int
+    sequences: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.start + self.tokens
+
+    def pairs(self, window: int | None) -> int:
+        """Of a query and a key that it sees, in all of the sequences."""
+        if window is None:
+            return self.sequences * (self.tokens * self.length - self.tokens * (self.tokens - 1) // 2)
+        short = max(0, min(self.tokens, window - self.start))  # queries that see everything before them
+        return self.sequences * (short * self.start + short * (short + 1) // 2 + (self.tokens - short) * window)
+
+    def keys(self, window: int | None) -> int:
+        """That some query sees, in all of the sequences."""
+        return self.sequences * (self.length if window is None else min(self.length, window + self.tokens - 1))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a step program, or one turn of its loop: tokens that are computed, rows that draw, and for whom."""
+
+    tokens: int
+    drawn: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one device in one step."""
+
+    flops: tuple[tuple[str, float], ...] = ()  # of products, by the dtype of their operands
+    weight_bytes: float = 0.0
+    cache_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+
+    def __add__(self, other: Count) -> Count:
+        flops = dict(self.flops)
+        for dtype, number in other.flops:
+            flops[dtype] = flops.get(dtype, 0.0) + number
+        return Count(
+            tuple(flops.items()),
+            self.weight_bytes + other.weight_bytes,
+            self.cache_bytes + other.cache_bytes,
+            self.activation_bytes + other.activation_bytes,
+            self.collectives + other.collectives,
+        )
+
+    @property
+    def all_flops(self) -> float:
+        return sum(number for _, number in self.flops)
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+
+
+def decode_step(config: EngineConfig, batch: int, context: int) -> Step:
+    """One token of each of `batch` sequences of `context` tokens, it included. ValueError over max_num_seqs."""
+    rows = next((rows for rows in config.decode_buckets if rows >= batch), None)
+    if rows is None:
+        raise ValueError(f"a batch of {batch}; at most {config.max_num_seqs} sequences run at once")
+    return Step(rows, rows, (Span(1, context - 1, batch),))
+
+
+def prefill_steps(config: EngineConfig, length: int) -> list[Step]:
+    """The chunks of one prompt, alone on the device, first to last."""
+    starts = range(0, length, config.max_num_batched_tokens)
+    spans = [Span(min(config.max_num_batched_tokens, length - start), start) for start in starts]
+    return [
+        Step(next(t for t in config.token_buckets if t >= span.tokens), config.max_prefill_rows, (span,))
+        for span in spans
+    ]
+
+
+def count_step(model: ModelConfig, config: EngineConfig, step: Step) -> Count:
+    """What one device does in the step."""
+    return _Counter(model, config, step).count()
+
+
+class _Counter:
+    def __init__(self, model: ModelConfig, config: EngineConfig, step: Step) -> None:
+        self.step, self.config, self.shards = step, config, config.shards
+        self.model = local_model(model, config.shards)  # one device's heads and widths
+        self.layout: KVLayout = compute_of(model, config).kv
+        self.item = jnp.dtype(config.dtype).itemsize
+        self.params = local_shapes(model, config)
+
+    def count(self) -> Count:
+        total = self._embedding() + self._logits()
+        layers: dict[str, Params] = {}
+        for name, weight in self.params.items():
+            if name.startswith("layers."):
+                _, layer, short = name.split(".", 2)
+                layers.setdefault(layer, {})[short] = weight
+        for spec, weights in zip(self.model.layers, layers.values(), strict=True):
+            for part in self._layer(spec, weights):
+                total += part
+        return total
+
+    def _embedding(self) -> Count:
+        moved = 2 * self.step.tokens * self.model.hidden_size * self.item
+        return Count(activation_bytes=moved, collectives=self._sum("vocab"))
+
+    def _logits(self) -> Count:
+        weight = self.params["embed" if self.model.tie_embeddings else "lm_head"]
+        drawn = self.step.drawn
+        whole = 4.0 * drawn * self.model.vocab_size
+        gather = Collective("all-gather", self.shards.axes("vocab"), whole)
+        product = self._product(weight, drawn, columns=weight.shape[0], rows=weight.shape[1])
+        passes = Count(activation_bytes=LOGITS_PASSES * whole, collectives=(gather,) if gather.axes else ())
+        return product + Count(weight_bytes=_bytes(weight)) + passes
+
+    def _layer(self, spec: LayerSpec, weights: Params) -> Iterator[Count]:
+        for name, weight in weights.items():
+            if name.startswith("experts_"):
+                yield self._experts(weight)
+                continue
+            yield Count(weight_bytes=_bytes(weight))
+            if len(weight.shape) == 2 and name not in VECTORS:
+                yield self._product(weight, self.step.tokens, *weight.shape)
+        yield self._recurrence() if spec.recurrent else self._attention(spec)
+        heads = "kv_heads" if self.model.latent is None else "q_heads"
+        if not spec.recurrent:
+            yield Count(collectives=self._sum(heads))
+        if self.model.qk_norm == "full" and not spec.recurrent:  # squares of queries, and of keys
+            yield Count(collectives=2 * self._sum(heads, 4))
+        if spec.ffn == "experts":
+            yield Count(collectives=self._sum(("experts", "expert_mlp")))
+        if spec.ffn == "gated" or "shared_down" in weights:
+            yield Count(collectives=self._sum("mlp"))
+
+    def _product(self, weight: Any, tokens: float, rows: int, columns: int) -> Count:
+        """Of activations [tokens, rows] with a matrix; its own bytes are counted elsewhere."""
+        flops = 2.0 * tokens * rows * columns
+        return Count(((self._operands(weight), flops),), activation_bytes=tokens * (rows + columns) * self.item)
+
+    def _operands(self, weight: Any) -> str:
+        """The dtype that the product runs in: packed weights are widened, unless activations are packed too."""
+        dynamic = isinstance(weight, Quantized) and weight.activations == "dynamic"
+        return weight.format if dynamic else self.config.dtype
+
+    def _experts(self, weight: Any) -> Count:
+        """Matrices [experts here, rows, columns], or vectors, of experts."""
+        experts = self.model.experts
+        if experts is None:
+            raise ValueError("the config has no experts")
+        missed = (1 - experts.per_token / experts.num_experts) ** self.step.tokens
+        read = Count(weight_bytes=_bytes(weight) * (1 - missed))
+        if len(weight.shape) != 3:
+            return read
+        rows = self.step.tokens * experts.per_token / self.shards.count("experts")
+        return read + self._product(weight, rows, *weight.shape[1:])
+
+    def _attention(self, spec: LayerSpec) -> Count:
+        pairs = sum(span.pairs(spec.window) for span in self.step.spans)
+        keys = sum(span.keys(spec.window) for span in self.step.spans)
+        new = sum(span.tokens * span.sequences for span in self.step.spans)
+        heads, flops = self.model.num_q_heads, 0.0
+        if self.model.latent is None:
+            flops = 2.0 * heads * 2 * self.model.head_dim * pairs
+        else:
+            flops = heads * self._latent_flops(spec, pairs, keys)
+        return Count(((self.config.dtype, flops),), cache_bytes=(keys + new) * self.layout.token_bytes)
+
+    def _latent_flops(self, spec: LayerSpec, pairs: int, keys: int) -> float:
+        """Of one head: expanded where the step does so, else absorbed. See `engine.attend.expands`."""
+        latent, tokens = self.model.latent, self.step.tokens
+        if latent is None:
+            raise ValueError("the config has no latent")
+        up = latent.kv_rank * (latent.nope_dim + latent.value_dim)
+        if self.step.spans[0].tokens > 1 and expands(self.model, spec, tokens):
+            return 2.0 * (keys * up + pairs * (latent.nope_dim + latent.rope_dim + latent.value_dim))
+        return 2.0 * (tokens * up + pairs * (latent.row_dim + latent.kv_rank))
+
+    def _recurrence(self) -> Count:
+        """A state is read and written a sequence; a token updates it and reads it: two products a number of it."""
+        sizes = self.model.recurrence
+        if sizes is None:
+            raise ValueError("the config has no recurrence")
+        state = math.prod(sizes.state_shape)
+        sequences = sum(span.sequences for span in self.step.spans)
+        window = (sizes.conv_width - 1) * sizes.conv_channels * self.item
+        flops = self.step.tokens * (4.0 * state + 2.0 * sizes.conv_width * sizes.conv_channels)
+        return Count((("float32", flops),), cache_bytes=2.0 * sequences * (4 * state + window))
+
+    def _sum(self, logical: str | tuple[str, ...], token_bytes: int | None = None) -> tuple[Collective, ...]:
+        """Of activations [tokens, hidden] over the mesh axes of logical axes."""
+        names = (logical,) if isinstance(logical, str) else logical
+        axes = tuple(dict.fromkeys(axis for name in names for axis in self.shards.axes(name)))
+        size = self.model.hidden_size * self.item if token_bytes is None else token_bytes
+        return (Collective("all-reduce", axes, float(self.step.tokens * size)),) if axes else ()
+
+
+def _bytes(weight: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+
+def merged(collectives: tuple[Collective, ...]) -> list[Collective]:
+    """Equal calls as one with their number, in order of appearance."""
+    found: dict[Collective, int] = {}
+    for call in collectives:
+        one = replace(call, count=1)
+        found[one] = found.get(one, 0) + call.count
+    return [replace(call, count=count) for call, count in found.items()]
