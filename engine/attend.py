@@ -70,6 +70,11 @@ class CacheView:
     prefill: PrefillRows | None
     states: StatesView
 
+    @property
+    def is_live(self) -> Array:
+        """bool [tokens]: those of a sequence; the others are idle rows and padding."""
+        return self.page_ids != TRASH_PAGE
+
 
 def cache_view(
     decode: DecodeRows, prefill: PrefillRows | None, num_tokens: int, page_size: int

@@ -101,6 +101,7 @@ class Engine(EngineThread):
     def _commit(self, pending: PendingStep) -> None:
         result = pending.result()
         self._last_step_s = time.monotonic()
+        self.counters.chose(result.expert_tokens)
         self.outbox.deliver(self.scheduler.commit(pending.plan, result))
 
     def _settle(self) -> None:

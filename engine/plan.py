@@ -90,6 +90,15 @@ class StepResult:
     prefill: tuple[RowResult, ...]
     decode: tuple[RowResult, ...]
     prompt_logprobs: tuple[PromptLogprobs | None, ...]  # one a prefill row
+    expert_tokens: np.ndarray | None = None  # int32 [layers with experts, experts], tokens that chose each
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Another way to lie on the devices, ready to be taken."""
+
+    config: EngineConfig  # the old one but for shards and pages
+    adopt: Callable[[], None]  # between steps: moves the weights, forgets what was kept; all or nothing
 
 
 class PendingStep(Protocol):

@@ -135,10 +135,10 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: M
     layout = step_layout(config, key)
     if key.tokens:
         function = partial(steps.prefill_step, compute_of(model, config), layout)
-        output = steps.empty_output_shape(key.rows + config.max_prefill_rows, 1, key.tokens)
+        output = steps.empty_output_shape(model, key.rows + config.max_prefill_rows, 1, key.tokens)
     else:
         function = partial(steps.decode_step, compute_of(model, config), layout, config.decode_steps)
-        output = steps.empty_output_shape(key.rows, config.decode_steps, 0)
+        output = steps.empty_output_shape(model, key.rows, config.decode_steps, 0)
     state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
     vector = Shapes((layout.size,), jnp.int32)
     program = Program(key.name, function, (*state, vector), donated=(1, 2), outputs=(state[1], state[2], output))

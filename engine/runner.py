@@ -62,6 +62,7 @@ class Pending:
             prefill=tuple(row(first + i) for i in range(len(self.plan.prefill_rows))),
             decode=tuple(row(i) for i in range(num_decode)),
             prompt_logprobs=self._prompt_logprobs(),
+            expert_tokens=None if self.output.expert_tokens is None else np.asarray(self.output.expert_tokens),
         )
 
     def _prompt_logprobs(self) -> tuple[PromptLogprobs | None, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 @dataclass(slots=True)
 class Counters:
@@ -23,6 +25,13 @@ class Counters:
     tokens_padded: int = 0  # token positions that buckets added
     ready: bool = False
     steps: dict[str, int] = field(default_factory=dict)  # program name -> calls
+    expert_tokens: np.ndarray | None = None  # int64 [layers with experts, experts], tokens that chose each
+
+    def chose(self, expert_tokens: np.ndarray | None) -> None:
+        """Add a step's choices of experts. The sum is a new array: a reader may hold the old one."""
+        if expert_tokens is not None:
+            so_far = 0 if self.expert_tokens is None else self.expert_tokens
+            self.expert_tokens = so_far + expert_tokens.astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +54,4 @@ class EngineStats:
     tokens_padded: int
     last_step_age_s: float  # since the last committed step; 0 when idle
     texts: int = 0
+    expert_tokens: np.ndarray | None = None  # as in `Counters`

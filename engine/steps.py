@@ -60,6 +60,7 @@ class StepOutput:
     top_ids: Array  # int32 [rows, steps, MAX_LOGPROBS]
     top_logprobs: Array  # float32 [rows, steps, MAX_LOGPROBS]
     prompt: tuple[Array, Array, Array] | None = None  # as logprobs_of, a row a prefill token
+    expert_tokens: Array | None = None  # int32 [layers with experts, experts], tokens that chose each
 
 
 def unpack(layout: Layout, vector: Array) -> dict[str, Array]:
@@ -80,7 +81,7 @@ def decode_step(
     slot = batch["decode_slot"]
     slots = add_pages(slots, slot, batch["first_new_page"], batch["new_pages"])
     tables, sampling = slots.block_tables[slot], slots.sampling.rows(slot)
-    out = empty_output(slot.shape[0], max_steps)
+    out = empty_output(compute.model, slot.shape[0], max_steps)
 
     def is_drawing(i: Array, slots: Slots) -> Array:
         return slots.active[slot] & (i < batch["decode_count"])
@@ -89,9 +90,9 @@ def decode_step(
         i, kv, slots, out = state
         drawing, position = is_drawing(i, slots), slots.position[slot]
         rows = DecodeRows(slot, position, drawing, tables)
-        kv, hidden = forward(compute, params, kv, slots.last_token[slot], rows, None)
+        kv, hidden, load = forward(compute, params, kv, slots.last_token[slot], rows, None)
         drawn = sampler.draw(logits_of(compute, params, hidden), slots, slot, sampling, position + 1)
-        out = record(out, i, drawn, drawing)
+        out = record(out, i, drawn, drawing, load)
         return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
 
     def more(state: tuple[Array, KV, Slots, StepOutput]) -> Array:
@@ -113,7 +114,7 @@ def prefill_step(
     riders = batch["decode_slot"]
     decode = DecodeRows(riders, slots.position[riders], slots.active[riders], slots.block_tables[riders])
     tokens = jnp.concatenate([slots.last_token[riders], batch["tokens"]])
-    kv, hidden = forward(compute, params, kv, tokens, decode, prefill_rows(batch))
+    kv, hidden, load = forward(compute, params, kv, tokens, decode, prefill_rows(batch))
     num_riders = riders.shape[0]
     last = num_riders + batch["q_start"] + jnp.maximum(batch["q_len"], 1) - 1
     slot = jnp.concatenate([riders, batch["slot"]])
@@ -122,7 +123,7 @@ def prefill_step(
     sampling = slots.sampling.rows(slot)
     logits = logits_of(compute, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
     drawn = sampler.draw(logits, slots, slot, sampling, length)
-    out = record(empty_output(slot.shape[0], 1), jnp.int32(0), drawn, drawing)
+    out = record(empty_output(compute.model, slot.shape[0], 1), jnp.int32(0), drawn, drawing, load)
     out = replace(
         out,
         prompt=jax.lax.cond(
@@ -141,7 +142,7 @@ def token_logits(
     batch = unpack(layout, vector)
     none = jnp.zeros((0,), jnp.int32)
     nobody = DecodeRows(none, none, none != 0, slots.block_tables[:0])
-    kv, hidden = forward(compute, params, kv, batch["tokens"], nobody, prefill_rows(batch))
+    kv, hidden, _ = forward(compute, params, kv, batch["tokens"], nobody, prefill_rows(batch))
     return kv, slots, logits_of(compute, params, hidden)
 
 
@@ -172,12 +173,27 @@ def forward(
     tokens: Array,
     decode: DecodeRows,
     prefill: PrefillRows | None,
-) -> tuple[KV, Array]:
-    """Hidden states [tokens, embed] of decode rows then prefill tokens; their KV is written first."""
+) -> tuple[KV, Array, Array | None]:
+    """Hidden states [tokens, embed] of decode rows then prefill tokens, whose KV is written first; and how many
+    tokens chose each expert of each layer."""
     view, positions = cache_view(decode, prefill, tokens.shape[0], compute.page_size)
     attend = Memory(compute.kv, compute.target)
-    hidden, kv = decoder.hidden_states(compute.model, params, tokens, positions, kv, view, attend, compute.place)
-    return kv, hidden
+    model, place = compute.model, compute.place
+    hidden, kv, chosen = decoder.hidden_states(model, params, tokens, positions, kv, view, attend, place)
+    return kv, hidden, expert_load(model, chosen, view.is_live) if model.experts else None
+
+
+def expert_load(model: ModelConfig, chosen: tuple[Array, ...], is_live: Array) -> Array:
+    """int32 [layers with experts, experts]: tokens that chose each, those of idle rows and padding left out."""
+    experts = jnp.stack(chosen)
+    one = jnp.broadcast_to(is_live.astype(jnp.int32)[None, :, None], experts.shape)
+    layer = jnp.arange(len(chosen), dtype=jnp.int32)[:, None, None]
+    return _no_load(model).at[layer, experts].add(one)
+
+
+def _no_load(model: ModelConfig) -> Array:
+    layers = sum(layer.ffn == "experts" for layer in model.layers)
+    return jnp.zeros((layers, model.experts.num_experts if model.experts else 0), jnp.int32)
 
 
 def prefill_rows(batch: dict[str, Array]) -> PrefillRows:
@@ -221,7 +237,7 @@ def advance(slots: Slots, slot: Array, drawn: Drawn, sampling: Sampling, length:
     )
 
 
-def empty_output(rows: int, steps: int) -> StepOutput:
+def empty_output(model: ModelConfig, rows: int, steps: int) -> StepOutput:
     wide = (rows, steps, MAX_LOGPROBS)
     return StepOutput(
         tokens=jnp.zeros((rows, steps), jnp.int32),
@@ -230,17 +246,18 @@ def empty_output(rows: int, steps: int) -> StepOutput:
         logprobs=jnp.zeros((rows, steps), jnp.float32),
         top_ids=jnp.zeros(wide, jnp.int32),
         top_logprobs=jnp.zeros(wide, jnp.float32),
+        expert_tokens=_no_load(model) if model.experts else None,
     )
 
 
-def empty_output_shape(rows: int, steps: int, prompt_tokens: int) -> StepOutput:
+def empty_output_shape(model: ModelConfig, rows: int, steps: int, prompt_tokens: int) -> StepOutput:
     """Abstract output of a step; with `prompt_tokens`, of a prefill step."""
-    out = jax.eval_shape(lambda: empty_output(rows, steps))
+    out = jax.eval_shape(lambda: empty_output(model, rows, steps))
     return replace(out, prompt=jax.eval_shape(lambda: sampler.no_logprobs(prompt_tokens)) if prompt_tokens else None)
 
 
-def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array) -> StepOutput:
-    """Store one step's draw in column `step`; only rows that are drawing count it."""
+def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array, load: Array | None) -> StepOutput:
+    """Store one step's draw in column `step`, which only rows that are drawing count; add its experts' load."""
     return replace(
         out,
         tokens=out.tokens.at[:, step].set(drawn.token),
@@ -249,6 +266,7 @@ def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array) -> StepOu
         logprobs=out.logprobs.at[:, step].set(drawn.logprob),
         top_ids=out.top_ids.at[:, step].set(drawn.top_ids),
         top_logprobs=out.top_logprobs.at[:, step].set(drawn.top_logprobs),
+        expert_tokens=load if out.expert_tokens is None or load is None else out.expert_tokens + load,
     )
 
 

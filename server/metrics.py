@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -176,3 +177,23 @@ def _families(stats: EngineStats, labels: list[str]) -> Iterator[Metric]:
     for bucket, count in stats.steps.items():
         steps.add_metric([*labels, bucket], count)
     yield steps
+    if stats.expert_tokens is not None:
+        yield from _expert_families(stats.expert_tokens, labels)
+
+
+def _expert_families(tokens: np.ndarray, labels: list[str]) -> Iterator[Metric]:
+    """tokens: int64 [layers, experts]. A sample an expert and one a layer; their product would be thousands."""
+    chosen = CounterMetricFamily(
+        "octavo_expert_tokens", "Tokens that chose an expert, all layers together", labels=(*_LABELS, "expert")
+    )
+    for expert, count in enumerate(tokens.sum(axis=0)):
+        chosen.add_metric([*labels, str(expert)], int(count))
+    yield chosen
+    busiest = GaugeMetricFamily(
+        "octavo_expert_imbalance",
+        "Tokens of a layer's busiest expert by the mean of its experts; 1 is even",
+        labels=(*_LABELS, "expert_layer"),
+    )
+    for layer, counts in enumerate(tokens):
+        busiest.add_metric([*labels, str(layer)], float(counts.max() / max(counts.mean(), 1e-9)))
+    yield busiest

@@ -31,7 +31,14 @@ def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int], kv
     length = len(token_ids)
     tokens = np.zeros(max(16, 1 << (length - 1).bit_length()), np.int32)
     tokens[:length] = token_ids
-    return np.asarray(_forward(config, kv, params, tokens))[:length]
+    return np.asarray(_forward(config, kv, params, tokens)[0])[:length]
+
+
+def naive_expert_load(config: ModelConfig, params: dict, token_ids: Sequence[int]) -> np.ndarray:
+    """int [layers with experts, experts]: how many of the tokens chose each."""
+    chosen = _forward(config, None, params, np.asarray(token_ids, np.int32))[1]
+    count = config.experts.num_experts if config.experts else 0
+    return np.stack([np.bincount(np.asarray(layer).reshape(-1), minlength=count) for layer in chosen])
 
 
 def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], num_tokens: int) -> list[int]:
@@ -43,11 +50,11 @@ def naive_greedy(config: ModelConfig, params: dict, token_ids: Sequence[int], nu
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _forward(config: ModelConfig, kv: KVLayout | None, params: dict, tokens: Array) -> Array:
+def _forward(config: ModelConfig, kv: KVLayout | None, params: dict, tokens: Array) -> tuple[Array, tuple[Array, ...]]:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     no_caches = (None,) * config.num_layers
-    hidden, _ = hidden_states(config, params, tokens, positions, no_caches, None, DenseAttention(kv), ALONE)
-    return logits(config, params, hidden)
+    hidden, _, chosen = hidden_states(config, params, tokens, positions, no_caches, None, DenseAttention(kv), ALONE)
+    return logits(config, params, hidden), chosen
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ def hidden_states(
     view: Any,
     attend: Attend,
     place: Place,
-) -> tuple[Array, tuple[Any, ...]]:
-    """Last hidden states [tokens, embed] before the final norm, and the layers' new caches.
+) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
+    """Last hidden states [tokens, embed] before the final norm, the layers' new caches, and the experts that each
+    token chose in every layer that has some, int32 [tokens, per_token].
 
     tokens, positions: int32 [tokens]. params: see `engine.model.params`. caches: one a layer.
     config, params and caches are one device's share of them, see `local_model`.
@@ -41,12 +42,13 @@ def hidden_states(
     x = _embed(place, params["embed"], tokens)
     x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
     ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
-    new = []
+    new, chosen = [], []
     for i, spec in enumerate(config.layers):
         rope = ropes[spec.rope] if spec.rope else None
-        x, cache = _layer(config, spec, attend, place, layer_params(params, i), x, rope, view, caches[i])
+        x, cache, experts = _layer(config, spec, attend, place, layer_params(params, i), x, rope, view, caches[i])
         new.append(cache)
-    return x, tuple(new)
+        chosen += experts
+    return x, tuple(new), tuple(chosen)
 
 
 # Equal layers are traced and lowered once: a program of 80 layers is built as fast as one of two.
@@ -61,16 +63,16 @@ def _layer(
     rope: Rotation,
     view: Any,
     cache: Any,
-) -> tuple[Array, Any]:
+) -> tuple[Array, Any, list[Array]]:
     hidden = _norm_before(config, x, weights.get("attn_norm"))
     see = partial(attend, config, spec, view, cache)
     hidden, cache = MIXERS[spec.mixer](config, place, hidden, weights, rope, see)
     x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
     if spec.ffn == "none":
-        return x, cache
+        return x, cache, []
     hidden = _norm_before(config, x, weights.get("mlp_norm"))
-    hidden = FFNS[spec.ffn](config, place, hidden, weights)
-    return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache
+    hidden, chosen = FFNS[spec.ffn](config, place, hidden, weights)
+    return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache, chosen
 
 
 def _embed(place: Place, table: Array, tokens: Array) -> Array:
@@ -106,23 +108,23 @@ def _add_residual(config: ModelConfig, x: Array, hidden: Array, post_norm: Array
     return x + hidden * jnp.asarray(config.residual_multiplier, x.dtype)
 
 
-def _gated(config: ModelConfig, place: Place, x: Array, weights: Params) -> Array:
-    return gated_mlp(x, weights, config.activation, mlp_block(config.intermediate_size), place)
+def _gated(config: ModelConfig, place: Place, x: Array, weights: Params) -> tuple[Array, list[Array]]:
+    return gated_mlp(x, weights, config.activation, mlp_block(config.intermediate_size), place), []
 
 
-def _experts(config: ModelConfig, place: Place, x: Array, weights: Params) -> Array:
-    """The token's experts, and the shared one if there is one."""
+def _experts(config: ModelConfig, place: Place, x: Array, weights: Params) -> tuple[Array, list[Array]]:
+    """The token's experts, and the shared one if there is one; which they were."""
     if config.experts is None:
         raise ValueError("the config has no experts")
-    out = expert_mlps(config.experts, config.activation, x, weights, place)
+    out, chosen = expert_mlps(config.experts, config.activation, x, weights, place)
     if not config.experts.shared_size:
-        return out
+        return out, [chosen]
     shared = {"gate_up": weights["shared_gate_up"], "down": weights["shared_down"]}
     every = gated_mlp(x, shared, config.activation, mlp_block(config.experts.shared_size), place)
     if config.experts.shared_gate:
         gate = jax.nn.sigmoid(linear(x, weights["shared_gate"], place.target).astype(jnp.float32))
         every = (every.astype(jnp.float32) * gate).astype(x.dtype)
-    return out + every
+    return out + every, [chosen]
 
 
 FFNS = {"gated": _gated, "experts": _experts}

@@ -20,8 +20,9 @@ from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import Target
 
 
-def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, place: Place) -> Array:
-    """x [tokens, embed] -> the same shape: each token's experts, weighed and added in float32.
+def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, place: Place) -> tuple[Array, Array]:
+    """x [tokens, embed] -> the same shape: each token's experts, weighed and added in float32; and which they were,
+    int32 [tokens, per_token].
 
     Where experts are cut, each device computes those that it has, for every token.
     """
@@ -44,7 +45,8 @@ def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, pl
     back = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=order.dtype))
     out = out[back].reshape(tokens, k, -1).astype(jnp.float32)
     weight = jnp.where(expert.reshape(tokens, k) < here, weight, 0)
-    return place.sum(jnp.sum(out * weight[:, :, None], axis=1).astype(x.dtype), "experts", "expert_mlp")
+    total = jnp.sum(out * weight[:, :, None], axis=1).astype(x.dtype)
+    return place.sum(total, "experts", "expert_mlp"), chosen
 
 
 def _grouped(x: Array, w: Array | Quantized, sizes: Array, target: Target) -> Array:

@@ -82,7 +82,7 @@ def _decoded(
     """A decoder's hidden states [tokens, embed], behind its last norm. Nothing is kept for later tokens."""
     none = (None,) * model.num_layers
     see = RowAttention(key.length)
-    hidden, _ = decoder.hidden_states(
+    hidden, _, _ = decoder.hidden_states(
         model, params, fields["tokens"], fields["positions"], none, rows, see, Place(target)
     )
     return rms_norm(hidden, params["final_norm"], model.norm_eps)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from engine.loop import Engine
 from engine.programs import compute_of
 from engine.request import FinishReason, Request, SamplingParams
-from tests.engine.world import CONFIG, Client, World, check_choice, check_device_tables, step, world
-from tests.oracle import naive_logits
+from tests.engine.world import CONFIG, Client, World, check_choice, check_device_tables, run, step, world
+from tests.oracle import naive_expert_load, naive_logits
 
 VOCAB = 97
 
@@ -123,6 +124,23 @@ def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> Non
     """
     for seed in range(300 + block * 6, 306 + block * 6):
         run_schedule(world(kind), seed, overlap=seed % 2 == 0)
+
+
+def test_expert_load_counts_the_tokens_of_sequences_alone() -> None:
+    """Several prompts in chunks and decoding together: idle rows and padding chose nothing."""
+    w = world("latent")
+    engine = w.engine(overlap=True, enable_prefix_caching=False, max_num_batched_tokens=16)
+    prompts = [tuple((7 * i + n) % VOCAB for i in range(n)) for n in (3, 21, 40)]
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    clients = [Client.of(Request(request_id=f"load-{len(p)}", prompt_token_ids=p, params=params)) for p in prompts]
+    for client in clients:
+        engine.submit(client.request, client)
+    before = 0 if w.counters.expert_tokens is None else w.counters.expert_tokens
+    run(engine)
+    fed = [[*c.request.prompt_token_ids, *c.tokens[0][:-1]] for c in clients]  # the last token is drawn, and not fed
+    wanted = sum(naive_expert_load(w.model, w.params, tokens) for tokens in fed)
+    found = engine.stats().expert_tokens
+    assert found is not None and np.array_equal(found - before, wanted)
 
 
 def test_the_oracle_sees_a_quantized_cache() -> None:

@@ -10,6 +10,8 @@ import codecs
 import threading
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow, EngineStopped, InvalidParam, QueueFull
 from engine.request import FinishReason, Logprob, Request, TextDelta, TokenLogprobs
@@ -156,7 +158,7 @@ class FakeEngine:
             num_running=len(self._rows), num_waiting=2, kv_usage=0.25, num_preemptions=3, prefix_queries_tokens=100,
             prefix_hits_tokens=40, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.submitted),
             generation_tokens=7, compiles=5, compile_s=1.5, compiles_after_ready=0, steps={"decode_8": 11},
-            tokens_used=90, tokens_padded=10, last_step_age_s=0.0,
+            tokens_used=90, tokens_padded=10, last_step_age_s=0.0, expert_tokens=np.array([[1, 3], [5, 5]]),
         )  # fmt: skip
 
     @property

@@ -15,9 +15,9 @@ VLLM = {
 OURS = {
     "octavo_compiles", "octavo_compile_seconds", "octavo_compiles_after_ready", "octavo_steps", "octavo_tokens_used",
     "octavo_tokens_padded", "octavo_http_responses", "octavo_client_retries", "octavo_event_loop_lag_seconds",
-    "octavo_last_step_age_seconds", "octavo_ready", "octavo_texts",
+    "octavo_last_step_age_seconds", "octavo_ready", "octavo_texts", "octavo_expert_tokens", "octavo_expert_imbalance",
 }  # fmt: skip
-LABELS = {"model_name", "engine", "finished_reason", "le", "status", "bucket"}
+LABELS = {"model_name", "engine", "finished_reason", "le", "status", "bucket", "expert", "expert_layer"}
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, float]:
@@ -58,5 +58,9 @@ async def test_values(client):
     assert found["vllm:num_preemptions_total"] == 3 and found["vllm:kv_cache_usage_perc"] == 0.25
     assert found["octavo_steps_total bucket=decode_8"] == 11 and found["octavo_ready"] == 1
     assert found["octavo_client_retries_total"] == 1
+    assert found["octavo_expert_tokens_total expert=0"] == 6 and found["octavo_expert_tokens_total expert=1"] == 8
+    assert (
+        found["octavo_expert_imbalance expert_layer=0"] == 1.5 and found["octavo_expert_imbalance expert_layer=1"] == 1
+    )
     assert found["octavo_http_responses_total status=200"] == 2
     assert found["octavo_http_responses_total status=404"] == found["octavo_http_responses_total status=500"] == 1
