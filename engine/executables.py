@@ -143,7 +143,10 @@ class ProgramCache:
         if payload is None:
             log.warning("%s is damaged; the program is compiled again", path)
             return None
-        return Executable(program, serialize_executable.deserialize_and_load(payload, in_tree, out_tree))
+        # Not as many devices as the program was compiled for abort the process; the default is all there are.
+        devices = jax.devices()[:1] if program.mesh is None else list(program.mesh.devices.flat)
+        loaded = serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
+        return Executable(program, loaded)
 
     @contextmanager
     def alone(self, program: Program) -> Iterator[None]:
