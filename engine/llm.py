@@ -165,6 +165,14 @@ class LLM:
             self._logits = TokenLogits(self.engine)
         return self._logits(token_ids)
 
+    def reshard(self, sharding: str) -> None:
+        """Cut the model over the devices by another sharding file or name; running requests go on afterwards.
+
+        Raises InvalidParam and CapacityError, and then nothing has changed.
+        """
+        self.engine.reshard(sharding)
+        self._logits = None
+
     def shutdown(self) -> None:
         self._engine.stop()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,17 @@ from engine.executables import (
     compile_all,
     compile_one,
     count_compiles,
-    placed,
 )
 from engine.kernels import kernel_choices
 from engine.loop import Engine
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.place import with_copies
-from engine.model.quantization import pack
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
-from engine.programs import held_bytes, page_bytes, param_cuts, served_specs, serving_programs, step_program
-from engine.resolve import DeviceFacts, resolve, usable_bytes, with_pages
+from engine.placement import placer
+from engine.plan import Layout
+from engine.programs import held_bytes, page_bytes, serving_programs, step_program
+from engine.resolve import DeviceFacts, resolve, shards_of, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
@@ -86,6 +87,7 @@ def load_engine(options: EngineOptions, path: Path, report: Report = lambda phas
         model_name=display_name(options.model),
         end_token_ids=tuple(dict.fromkeys(ends)),
         counters=counters,
+        layouts=layouts(options, runner, device, cache_for),
     )
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
@@ -121,32 +123,38 @@ def tokenizer_of(options: EngineOptions, path: Path) -> Tokenizer:
 def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Any]:
     """All weights on the devices, one at a time, each in its shards, in the engine's dtype or packed as asked."""
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
-    to_device = placer(checkpoint.config, config)
+    place = placer(checkpoint.config, config)
     loaded = 0
 
     def put(name: str, array: np.ndarray | Quantized) -> Any:
         nonlocal loaded
         loaded += 1
         report("load weights", loaded / len(specs))
-        return to_device(name, array)
+        return place(name, array)
 
     params = checkpoint.load(specs, put, dict(config.stored))
     jax.block_until_ready(params)
     return params
 
 
-def placer(model: ModelConfig, config: EngineConfig) -> Callable[[str, np.ndarray | Quantized], Any]:
-    """put(name, host array of the parameter's spec): packed as asked, and in its shards."""
-    specs, served = param_specs(model, jnp.dtype(config.dtype)), served_specs(model, config)
-    mesh = mesh_of(config.shards)
-    cuts = {} if mesh is None else param_cuts(model, config)
-    copies = config.shards.num_copies("kv_heads")
+def layouts(
+    options: EngineOptions, runner: Runner, device: DeviceFacts, cache_for: CacheFor
+) -> Callable[[str], Layout]:
+    """What `Engine.reshard` asks: sized and compiled beside the layout that serves."""
 
-    def put(name: str, array: np.ndarray | Quantized) -> Any:
-        packed = pack(served[name], with_copies(name, specs[name], array, copies), config.quantization)
-        return jax.device_put(packed, None if mesh is None else placed(mesh, packed, cuts[name]))
+    def prepare(sharding: str) -> Layout:
+        model, counters = runner.model, runner.counters
+        shards = shards_of(sharding, model, device.count)
+        counters.ready = False  # these compilations are announced
+        try:
+            config = size_pool(options, model, replace(runner.config, shards=shards), device, cache_for)
+            programs = serving_programs(model, config, mesh_of(shards))
+            executables = compile_all(programs, cache_for(config), lambda phase, progress: None)
+        finally:
+            counters.ready = True
+        return Layout(config, partial(runner.adopt, config, executables))
 
-    return put
+    return prepare
 
 
 def size_pool(

@@ -7,12 +7,14 @@ oracle. Knows nothing about HTTP. Sinks are called from this thread and must not
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
+from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
 from engine.outbox import INTERNAL_ERROR, Outbox, Sink, error_delta
-from engine.plan import PendingStep, StepRunner
+from engine.plan import Layout, PendingStep, StepRunner
 from engine.request import MAX_STOP_IDS, Request
 from engine.scheduler import Scheduler
 from engine.sequence import stop_token_ids
@@ -36,6 +38,7 @@ class Engine(EngineThread):
         model_name: str = "",
         end_token_ids: tuple[int, ...] = (),
         counters: Counters | None = None,
+        layouts: Callable[[str], Layout] | None = None,
     ) -> None:
         super().__init__(config.overlap)
         self.config = config
@@ -47,6 +50,8 @@ class Engine(EngineThread):
         self.counters = counters or Counters()
         self.scheduler = Scheduler(config, self.counters)
         self.outbox = Outbox(self.scheduler.end)
+        self._layouts = layouts
+        self._resharding = threading.Lock()
         self._pending: PendingStep | None = None
 
     # -- called from any thread ---------------------------------------------------------------
@@ -66,6 +71,28 @@ class Engine(EngineThread):
     def abort(self, request_id: str) -> None:
         """End a request wherever it is. Unknown and finished ids are fine."""
         self._inbox.put(lambda: self.outbox.deliver(self.scheduler.abort(request_id)))
+
+    def reshard(self, sharding: str) -> None:
+        """Go on under another sharding file, or name of one; what runs is computed again, nobody is refused.
+
+        Compiles while the old layout serves, then stops between two steps for as long as the weights move.
+        Raises InvalidParam and CapacityError, and then nothing has changed.
+        """
+        if self._layouts is None:
+            raise InvalidParam("sharding", "this engine cannot be cut anew")
+        with self._resharding:
+            layout = self._layouts(sharding)
+            self.call(lambda: self._adopt(layout))
+
+    def _adopt(self, layout: Layout) -> None:
+        self.scheduler.check_capacity(layout.config)
+        config = self.config
+        try:
+            layout.adopt()
+            config = layout.config
+        finally:  # the cache's content is gone either way
+            self.scheduler.restart(config)
+            self.config = config
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.counters

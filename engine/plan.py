@@ -5,11 +5,13 @@ A row is "count tokens from start". Knows no JAX; results are numpy arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from engine.config import EngineConfig
 from engine.sequence import Sequence
 
 

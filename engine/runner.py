@@ -28,6 +28,7 @@ from engine.batch import (
 from engine.config import EngineConfig
 from engine.executables import Executable, placed
 from engine.model.config import ModelConfig
+from engine.placement import move
 from engine.plan import PromptLogprobs, RowResult, StepPlan, StepResult
 from engine.programs import kv_cuts, kv_shapes, slots_of
 from engine.stats import Counters
@@ -112,6 +113,16 @@ class Runner:
         kv, slots = kv_shapes(self.model, self.config), slots_of(self.model, self.config)
         self._kv = _zeros(kv, self._mesh, kv_cuts(self.model, self.config))
         self._slots = _zeros(slots, self._mesh, PartitionSpec())
+
+    def adopt(self, config: EngineConfig, executables: dict[str, Executable]) -> None:
+        """Go on under `config`, which differs in shards and pages. What was kept is lost, also where it raises."""
+        self._kv, self._slots = (), ()  # makes room
+        try:
+            move(self.model, self._params, self.config, config)
+            self.config, self.executables, self._mesh = config, executables, mesh_of(config.shards)
+        finally:
+            self.reset()
+        self.warm_up()
 
     def launch(self, plan: StepPlan) -> Pending:
         """Send the plan to the device: one transfer, one dispatch, more only for unusual admissions."""

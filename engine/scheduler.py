@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 
 from engine.config import EngineConfig
-from engine.errors import ContextOverflow
+from engine.errors import CapacityError, ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
 from engine.plan import DecodeRow, PrefillRow, RowResult, StateMove, StepPlan, StepResult
 from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
@@ -28,8 +28,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, counters: Counters) -> None:
         self.config = config
         self.counters = counters
-        cache = PrefixCache if config.enable_prefix_caching else NoPrefixCache
-        self.cache = cache(config.num_pages, config.page_size, config.checkpoint_rows)
+        self.cache = _empty_cache(config)
         self.waiting: list[Sequence] = []  # by order
         self.running: list[Sequence] = []  # by order
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -311,6 +310,19 @@ class Scheduler:
             for seq in mine
         ]
 
+    def check_capacity(self, config: EngineConfig) -> None:
+        """Raises CapacityError where the pages of `config` could not hold a sequence that was admitted."""
+        capacity = (config.num_pages - 1) * config.page_size
+        longest = max((seq.max_total_len for seq in self.sequences()), default=0)
+        if longest > capacity:
+            raise CapacityError(f"a request may become {longest} tokens long; there would be pages for {capacity}")
+
+    def restart(self, config: EngineConfig) -> None:
+        """Go on under `config`, whose pages hold nothing; with no step in flight. What ran is computed again."""
+        for seq in reversed(list(self.running)):
+            self._preempt(seq)
+        self.config, self.cache = config, _empty_cache(config)
+
     def check(self) -> None:
         """Page conservation and the slots' books; raises RuntimeError with what is off."""
         held = [page for seq in self.running for page in seq.pages]
@@ -318,6 +330,11 @@ class Scheduler:
         slots = sorted([*self._free_slots, *(seq.slot for seq in self.running)])
         if slots != list(range(self.config.max_num_seqs)):
             raise RuntimeError(f"slots are lost or doubled: {slots}")
+
+
+def _empty_cache(config: EngineConfig) -> PrefixCache:
+    kind = PrefixCache if config.enable_prefix_caching else NoPrefixCache
+    return kind(config.num_pages, config.page_size, config.checkpoint_rows)
 
 
 def _mix(value: int) -> int:

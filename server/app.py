@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import InvalidParam, OctavoError
+from engine.errors import CapacityError, InvalidParam, OctavoError
 from server.answers import ChatAnswer, CompletionAnswer
 from server.config import ServerOptions
 from server.errors import ApiError, error_response
@@ -28,6 +28,7 @@ from server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ReshardRequest,
     TokenizeRequest,
     parse,
 )
@@ -70,7 +71,9 @@ class Routes:
         self._created = int(time.time())
 
     def table(self) -> list[tuple[str, Callable, str]]:
+        admin = [("/admin/reshard", self.reshard, "POST")] if self.options.admin_routes else []
         return [
+            *admin,
             ("/v1/chat/completions", self.chat, "POST"),
             ("/v1/completions", self.completions, "POST"),
             ("/v1/models", self.models, "GET"),
@@ -129,6 +132,19 @@ class Routes:
         check_model(self.options, body.model, engine)
         check_budget(body, self.options.max_choices)
         return prepare(engine, body, arrival_s)
+
+    # -- for operators ----------------------------------------------------------------------
+
+    async def reshard(self, request: Request) -> Response:
+        """Another cut over the devices; answers when the engine serves under it."""
+        engine = self.lifecycle.generating()
+        body = parse(ReshardRequest, await read_body(request))
+        start_s = time.monotonic()
+        try:
+            await asyncio.to_thread(engine.reshard, body.sharding)
+        except CapacityError as error:
+            raise ApiError(409, str(error), param="sharding", code="does_not_fit") from None
+        return json_answer({"sharding": body.sharding, "elapsed_s": round(time.monotonic() - start_s, 3)})
 
     # -- models and tokens ----------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class ServerOptions:
     port: int = option(8000, "port to listen on; 0 picks a free one")
     served_model_name: str | None = option(None, "name that clients use (default: the model's)")
     api_key: str | None = option(None, "bearer token that every request must bring, probes excepted")
+    admin_routes: bool = option(False, "answer POST /admin/reshard; for operators, with an api_key")
     max_body_bytes: int = option(8 * 2**20, "largest request body; more is answered with 413")
     max_header_bytes: int = option(64 * 2**10, "largest request line and headers together")
     max_choices: int = option(1024, "most choices (n times prompts) or texts to embed that one request may ask for")

@@ -210,6 +210,10 @@ class DetokenizeRequest(RequestModel):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
+class ReshardRequest(RequestModel):
+    sharding: str  # as --sharding: a name, or a file of the server's machine
+
+
 def _check_rendering(body: ChatRequest | TokenizeRequest) -> None:
     if body.continue_final_message and body.add_generation_prompt:
         raise InvalidParam("continue_final_message", "excludes add_generation_prompt")

@@ -47,6 +47,9 @@ class Place:
 ALONE = Place(CPU)
 
 
+_COPIED = ("qkv", "qkv_bias", "k_norm")  # what holds something of a key or a value
+
+
 def replicated(model: ModelConfig, shards: Shards) -> ModelConfig:
     """The model with as many KV heads as there are parts of them: copies share the query heads of the one they copy.
 
@@ -63,7 +66,7 @@ def replicated(model: ModelConfig, shards: Shards) -> ModelConfig:
 def with_copies(name: str, spec: ParamSpec, array: np.ndarray | Quantized, copies: int) -> Any:
     """A host array of `spec` as the `replicated` model has it; all that is not a key's or a value's stays in order."""
     short = name.split(".")[-1]
-    if copies == 1 or short not in ("qkv", "qkv_bias", "k_norm") or "kv_heads" not in spec.axes:
+    if copies == 1 or short not in _COPIED or "kv_heads" not in spec.axes:
         return array
     at = spec.axes.index("kv_heads")
 
@@ -75,6 +78,23 @@ def with_copies(name: str, spec: ParamSpec, array: np.ndarray | Quantized, copie
         return np.concatenate([queries, np.repeat(leaf[..., -2:, :], copies, axis=at)], axis=-2)
 
     return jax.tree.map(copied, array)
+
+
+def without_copies(name: str, spec: ParamSpec, served: ParamSpec, array: Any, copies: int) -> Any:
+    """The inverse of `with_copies`: host arrays as the devices hold `served`, as those of `spec`."""
+    if copies == 1 or name.split(".")[-1] not in _COPIED:
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *spec.shape[1:]), array)
+    at = spec.axes.index("kv_heads")
+
+    def once(leaf: np.ndarray) -> np.ndarray:
+        leaf = leaf.reshape(-1, *served.shape[1:]) if at else leaf.reshape(served.shape)
+        firsts = leaf.take(range(0, served.shape[at], copies), axis=at)
+        if name.endswith("k_norm"):
+            return firsts
+        queries = leaf[..., :-2, :].reshape(*firsts.shape[:-2], spec.shape[-2] - 2, spec.shape[-1])
+        return np.concatenate([queries, firsts[..., -2:, :]], axis=-2)
+
+    return jax.tree.map(once, array)
 
 
 def local_model(model: ModelConfig, shards: Shards) -> ModelConfig:

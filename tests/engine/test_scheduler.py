@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import ContextOverflow
+from engine.errors import CapacityError, ContextOverflow
 from engine.plan import StateMove, StepPlan
 from engine.request import FinishReason, Request, TokenEvent
 from engine.scheduler import Scheduler
@@ -220,6 +220,23 @@ def test_the_newest_are_preempted_and_nothing_is_lost(depth: int) -> None:
     assert sum(before.values()) < 12, "recomputing must not be the main work"
     sim.check_tokens()
     assert len(sim.endings) == 4
+
+
+def test_what_ran_starts_again_with_other_pages() -> None:
+    sim = Sim()
+    for name in "ab":
+        sim.add(name, 9, max_tokens=7)
+    sim.step()
+    sim.step()
+    with pytest.raises(CapacityError, match="may become 16 tokens long; there would be pages for"):
+        sim.scheduler.check_capacity(config(num_pages=2))
+    fewer = config(num_pages=CONFIG.num_pages - 1)
+    sim.scheduler.check_capacity(fewer)
+    sim.scheduler.restart(fewer)
+    sim.scheduler.check()
+    assert not sim.scheduler.running and sim.scheduler.cache.pool.num_pages == fewer.num_pages
+    sim.run()
+    sim.check_tokens()
 
 
 def test_nobody_is_admitted_into_the_next_page_of_the_running() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.errors import ContextOverflow, EngineStopped, InvalidParam, QueueFull
+from engine.errors import CapacityError, ContextOverflow, EngineStopped, InvalidParam, QueueFull
 from engine.request import FinishReason, Logprob, Request, TextDelta, TokenLogprobs
 from engine.stats import EngineStats
 from pallas_kernels.target import CPU
@@ -101,11 +101,19 @@ class FakeEngine:
         self.gate.set()
         self.submitted: list[Request] = []
         self.aborted: list[str] = []
+        self.resharded: list[str] = []
         self._rows: list[_Row] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def reshard(self, sharding: str) -> None:
+        if sharding == "huge":
+            raise CapacityError("no room")
+        if sharding != "tp":
+            raise InvalidParam("sharding", "no such file")
+        self.resharded.append(sharding)
 
     def submit(self, request: Request, sink: Sink) -> None:
         with self._changed:

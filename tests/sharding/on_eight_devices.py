@@ -6,30 +6,43 @@ float32: logits to 1e-5 relative, and under the equality net the engine's tokens
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from engine import placement
 from engine.batch import StepKey
-from engine.config import EngineConfig
-from engine.executables import NoProgramCache, compile_all, compile_one
-from engine.load import placer
+from engine.config import EngineConfig, EngineOptions
+from engine.executables import Executable, NoProgramCache, Program, ProgramCache, compile_all, compile_one
+from engine.load import layouts
 from engine.logits import TokenLogits
 from engine.model.config import Experts, Latent, LayerSpec, ModelConfig
 from engine.model.params import axis_sizes, param_specs
 from engine.model.quantization import pack
-from engine.programs import serving_programs, step_program
+from engine.placement import placer
+from engine.plan import Layout
+from engine.programs import page_bytes, serving_programs, step_program
+from engine.request import Request, SamplingParams
+from engine.resolve import DeviceFacts
 from engine.runner import Runner
 from engine.stats import Counters
 from sharding.mesh import mesh_of
 from sharding.params import init_array
 from sharding.rules import load_strategy
+from sharding.shards import Axis, Shards
 from tests.engine.test_equality import run_schedule
-from tests.engine.world import CONFIG, MODEL, ROPE, World
+from tests.engine.world import CONFIG, MODEL, ROPE, Client, World, check_choice
 from tests.oracle import naive_logits
 
 DEVICES = 4
@@ -70,6 +83,7 @@ CASES = [
     pytest.param("experts", "tp-ep", marks=slow),
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),
 ]
+STORE = TemporaryDirectory()  # going back to a layout loads its programs
 SMALL = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,), prefill_decode_buckets=(6,))
 
 
@@ -98,11 +112,16 @@ def flat(kind: str) -> dict[str, Any]:
     return {name: jnp.asarray(pack(specs[name], array, None)) for name, array in host_params(kind).items()}
 
 
+def stored(config: EngineConfig) -> ProgramCache:
+    return ProgramCache(Path(STORE.name), config=config)
+
+
+@cache
 def world_of(kind: str, config: EngineConfig) -> World:
     model, put = MODELS[kind], placer(MODELS[kind], config)
     params = {name: put(name, array) for name, array in host_params(kind).items()}
     programs, counters = serving_programs(model, config, mesh_of(config.shards)), Counters()
-    executables = compile_all(programs, NoProgramCache(), lambda phase, progress: None)
+    executables = compile_all(programs, stored(config), lambda phase, progress: None)
     runner = Runner(model, config, params, executables, counters)
     runner.warm_up()
     return World(model, config, flat(kind), runner, counters)
@@ -132,3 +151,72 @@ def test_collectives_of_a_decode_step(kind: str, strategy: str, expected: dict[s
         name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in ("all-reduce", "all-gather", "all-to-all")
     }
     assert {name: count for name, count in found.items() if count} == expected
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_stored_programs_load_on_fewer_devices_than_there_are(devices: int, tmp_path: Path) -> None:
+    """Told of all eight, XLA ends the process."""
+    shards = Shards((Axis("x", devices),))
+    mesh, shape = mesh_of(shards), jax.ShapeDtypeStruct((8,), jnp.float32)
+    program = Program("twice", lambda x: (2 * x,), (shape,), (), (shape,), mesh, ((PartitionSpec(),), PartitionSpec()))
+    cache = ProgramCache(tmp_path)
+    cache.save(Executable(program, program.lower().compile()))
+    loaded = cache.load(program)
+    assert loaded is not None
+    x = jax.device_put(jnp.arange(8.0), None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    np.testing.assert_array_equal(loaded([x])[0][0], 2 * np.arange(8.0))
+
+
+def test_resharding_under_load_loses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four devices, two, four again while requests run; then a device fails, and everything is as it was."""
+    config = config_of(GROUPED, "tp-replicated")
+    world, two = world_of("grouped", config), tmp_path / "two.yaml"
+    four = (resources.files("configs") / "sharding" / "tp-replicated.yaml").read_text().replace("fill", "4")
+    (tmp_path / "four.yaml").write_text(four)
+    two.write_text("mesh: {x: 2}\nrules:\n- kv_heads: x\n- mlp: x\n")
+    engine, device = world.engine(), DeviceFacts("cpu", 1 << 32, False, count=8)
+    before = world.counters.num_preemptions
+    options = EngineOptions(kv_cache_memory_bytes=(config.num_pages - 1) * page_bytes(GROUPED, config))
+    prepare = layouts(options, world.runner, device, stored)
+    clients: list[Client] = []
+    names = [str(two), str(tmp_path / "four.yaml")]
+
+    def load(count: int) -> None:
+        for i in range(len(clients), len(clients) + count):
+            prompt, params = tuple(range(i, i + 40)), SamplingParams(temperature=float(i % 2), seed=i, max_tokens=50)
+            clients.append(Client.of(Request(request_id=str(i), prompt_token_ids=prompt, params=params)))
+            engine.submit(clients[-1].request, clients[-1])
+
+    def prepared(name: str) -> Layout:
+        """The move comes when four decode."""
+        layout, asked = prepare(name), len(clients)
+        load(4)
+        while not all(client.tokens[0] for client in clients[asked:]):
+            time.sleep(0.001)
+        return layout
+
+    engine._layouts = prepared
+    engine.start()
+    for count, name in zip((2, 4), names, strict=True):
+        engine.reshard(name)
+        assert len(world.runner._params[0].sharding.device_set) == count
+    to_shards, layout = placement._to_shards, engine.config
+    monkeypatch.setattr(placement, "_to_shards", lambda model, new: failing(to_shards(model, new), new is not layout))
+    with pytest.raises(RuntimeError, match="a device is gone"):
+        engine.reshard(names[0])
+    assert engine.config is layout
+    assert engine.drain(60)
+    engine.stop()
+    assert world.counters.num_preemptions - before >= 3, "what ran was computed again"
+    for i, client in enumerate(clients):
+        check_choice(world, client.request, i, client.tokens[0], client.finished[0])
+        assert len(client.tokens[0]) == 50
+
+
+def failing(put: Callable[[str, Any], Any], broken: bool) -> Callable[[str, Any], Any]:
+    def place(name: str, array: Any) -> Any:
+        if broken and name.endswith("qkv"):
+            raise RuntimeError("a device is gone")
+        return put(name, array)
+
+    return place

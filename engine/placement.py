@@ -1,0 +1,80 @@
+"""Where each weight is: from the host to its shards, and from one layout to another, device to device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine.config import EngineConfig
+from engine.executables import placed
+from engine.model.config import ModelConfig
+from engine.model.params import param_specs
+from engine.model.place import with_copies, without_copies
+from engine.model.quantization import pack
+from engine.programs import param_cuts, param_shapes, served_specs
+from pallas_kernels.quantized import Quantized
+from sharding.mesh import mesh_of
+
+Put = Callable[[str, Any], Any]  # of a parameter's name and its arrays
+
+
+def placer(model: ModelConfig, config: EngineConfig) -> Put:
+    """put(name, host array of the parameter's spec): packed as asked, and in its shards."""
+    specs, served = param_specs(model, jnp.dtype(config.dtype)), served_specs(model, config)
+    put = _to_shards(model, config)
+    copies = config.shards.num_copies("kv_heads")
+
+    def place(name: str, array: np.ndarray | Quantized) -> Any:
+        return put(name, pack(served[name], with_copies(name, specs[name], array, copies), config.quantization))
+
+    return place
+
+
+def _to_shards(model: ModelConfig, config: EngineConfig) -> Put:
+    """put(name, arrays as the devices hold them, wherever they are)."""
+    mesh = mesh_of(config.shards)
+    cuts = {} if mesh is None else param_cuts(model, config)
+    alone = jax.devices()[0]
+    return lambda name, array: jax.device_put(array, alone if mesh is None else placed(mesh, array, cuts[name]))
+
+
+def move(model: ModelConfig, params: list[Array], old: EngineConfig, new: EngineConfig) -> None:
+    """Leaves of the parameters from the shards of `old` to those of `new`, in place, one parameter at a time.
+
+    The configurations differ in their shards alone. When a device fails, what had moved moves back, and it raises.
+    """
+    held = jax.tree.unflatten(jax.tree.structure(param_shapes(model, old)), params)
+    params.clear()  # the only references are in `held`: what has moved is freed
+    there, back = _mover(model, old, new), _mover(model, new, old)
+    gone: list[str] = []
+    try:
+        for name in held:
+            held[name] = there(name, held[name])
+            gone.append(name)
+    except Exception:
+        for name in gone:
+            held[name] = back(name, held[name])
+        raise
+    finally:
+        params += jax.tree.leaves(held)
+
+
+def _mover(model: ModelConfig, old: EngineConfig, new: EngineConfig) -> Put:
+    to_shards, place = _to_shards(model, new), placer(model, new)
+    specs, served = param_specs(model, jnp.dtype(old.dtype)), served_specs(model, old)
+    copies = old.shards.num_copies("kv_heads")
+    resized = {name for name, shape in served_specs(model, new).items() if shape != served[name]}
+
+    def put(name: str, array: Any) -> Any:
+        if name not in resized:
+            return jax.block_until_ready(to_shards(name, array))
+        whole = jax.tree.map(np.asarray, array)  # by way of the host: the number of copies changes
+        once = without_copies(name, specs[name], served[name], whole, copies)
+        return jax.block_until_ready(place(name, once))
+
+    return put
