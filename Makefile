@@ -47,17 +47,23 @@ aot-all: ## the same for every shape and chip that the tests know (hours on two 
 clean: ## remove the environment and what tests and tools left
 	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.installed: pyproject.toml scripts/find-python
+# One installation is one build of the CPU kernels.
+sources := pyproject.toml hatch_build.py $(wildcard pallas_kernels/native/*.cc pallas_kernels/native/*.h) \
+    pallas_kernels/native/build.py
+
+$(VENV)/.installed: $(sources) | $(bin)/python
+	$(pip) install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-%: $(sources) | $(bin)/python
+	$(pip) install --quiet -e ".[$(if $(filter aot,$*),test$(comma)aot,$*)]"
+	@touch $(VENV)/.installed $@
+
+$(bin)/python: scripts/find-python
 	@if [ ! -x $(bin)/python ]; then \
 	    python=$$(PYTHON="$(PYTHON)" scripts/find-python) || exit 1; \
 	    echo "Setting up $(VENV) with $$python; this takes a minute or two, once."; \
 	    "$$python" -m venv $(VENV) || exit 1; \
 	fi
-	$(pip) install --quiet -e .
-	@touch $@
-
-$(VENV)/.installed-%: $(VENV)/.installed
-	$(pip) install --quiet -e ".[$(if $(filter aot,$*),test$(comma)aot,$*)]"
-	@touch $@
 
 comma := ,

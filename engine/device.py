@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import jax
 
 from engine.resolve import DeviceFacts
+from pallas_kernels.native import library
+
+log = logging.getLogger("octavo.engine")
 
 # JAX's device_kind, and what `pallas_kernels.target.CHIPS` calls it. A GPU's kind goes on after the name.
 CHIP_OF_KIND = {
@@ -26,11 +30,16 @@ CHIP_OF_KIND = {
 
 def device_facts() -> DeviceFacts:
     """Facts of the first device: every device of a replica is alike."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         count = jax.device_count()  # which share the machine's memory
-        return DeviceFacts("cpu", memory // count, fast_bfloat16=_cpu_has_bfloat16(), count=count)
+        native = library()
+        if native.missing:
+            log.warning("native CPU kernels: %s", native.missing)
+        return DeviceFacts(
+            "cpu", memory // jax.local_device_count(), fast_bfloat16=_cpu_has_bfloat16(), count=count, native=native.isa
+        )
     stats = device.memory_stats() or {}
     platform = "tpu" if device.platform == "tpu" else "gpu"
     memory = int(stats.get("bytes_limit", 16 << 30))

@@ -13,6 +13,7 @@ from engine.batch import StepKey, lattice
 from engine.config import EngineConfig
 from engine.errors import InvalidParam
 from engine.model.config import DeltaRule, LayerSpec, ModelConfig
+from engine.model.params import param_specs
 from engine.programs import compute_of, local_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.gated_delta import api as gated_delta
@@ -21,6 +22,7 @@ from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.latent_attention import api as latent_attention
 from pallas_kernels.latent_attention.api import ExpandedSpec
+from pallas_kernels.matmul import api as matmul
 from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_attention.api import AttentionSpec
 from pallas_kernels.quantized import Quantized
@@ -56,18 +58,22 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
             if len(weight.shape) == 3:
                 sizes = jax.ShapeDtypeStruct(weight.shape[:1], jnp.int32)
                 yield grouped_matmul.choice(grouped_matmul.spec_of(x, weight, sizes), config.target)
-            else:
+            elif isinstance(weight, Quantized):
                 yield quantized_matmul.choice(quantized_matmul.spec_of(x, weight), config.target)
+            else:
+                yield matmul.choice(matmul.spec_of(x, weight), config.target)
 
 
 def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
     """(rows of x a token, a device's abstract weight) of the products that have kernels, each kind of weight once."""
     weights = [(name.split(".")[-1], weight) for name, weight in local_shapes(model, config).items()]
+    specs = param_specs(model, jnp.dtype(config.dtype))
+    dense = {name.split(".")[-1] for name, spec in specs.items() if spec.packable}
     found = []
     for name, weight in {f"{name} {weight}": (name, weight) for name, weight in weights}.values():
         if model.experts is not None and name in ("experts_gate_up", "experts_down"):
             found.append((model.experts.per_token, weight))
-        elif isinstance(weight, Quantized):
+        elif isinstance(weight, Quantized) or (name in dense and len(weight.shape) == 2):
             found.append((1, weight))
     return found
 

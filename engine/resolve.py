@@ -32,6 +32,7 @@ OPS = (
     "short_conv",
     "ssd",
     "gated_delta",
+    "matmul",
     "quantized_matmul",
     "grouped_matmul",
 )
@@ -52,6 +53,7 @@ class DeviceFacts:
     fast_bfloat16: bool
     chip: str = "cpu"  # as `pallas_kernels.target` names it
     count: int = 1  # devices of the process
+    native: str = ""  # as `Target.native`
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def resolve(
     seqs, checkpoints = _states(options, model, dtype, device)
     tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
     asked = options.quantization
-    target = Target(device.platform, device.chip, implementations(options.kernel))
+    target = Target(device.platform, device.chip, implementations(options.kernel), native=device.native)
     return EngineConfig(
         dtype=dtype,
         max_model_len=max_model_len,

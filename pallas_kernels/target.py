@@ -54,12 +54,14 @@ class Target:
 
     implementations: (op, implementation) pairs that leave no choice; see `choice.choose`.
     interpret: kernels of the chip run in their interpreter on a CPU, races looked for.
+    native: the instruction set of the compiled CPU kernels (`pallas_kernels.native`); "" where there are none.
     """
 
     platform: Platform = "cpu"
     chip: str = "cpu"  # a key of CHIPS; another name is a chip that no kernel knows
     implementations: tuple[tuple[str, str], ...] = ()
     interpret: bool = False
+    native: str = ""
 
     @property
     def facts(self) -> Chip | None:

@@ -20,7 +20,7 @@ from engine.model.mixers import MIXERS, Attend, Rotation
 from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
 from engine.model.place import ALONE, Place
-from pallas_kernels.products import product
+from pallas_kernels.matmul import matmul
 
 
 def hidden_states(
@@ -88,7 +88,7 @@ def logits(config: ModelConfig, params: Params, hidden: Array, place: Place = AL
     """float32 [rows, vocab] from hidden states [rows, embed]."""
     hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
     weight = params["embed"] if config.tie_embeddings else params["lm_head"]
-    out = place.gather(product("te,ve->tv", hidden, weight), "vocab")
+    out = place.gather(matmul(hidden, weight, target=place.target, transposed=True), "vocab")
     return softcap(out * config.logits_multiplier, config.final_softcap)
 
 

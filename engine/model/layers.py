@@ -15,7 +15,7 @@ from jax import Array
 
 from engine.model.config import Rope
 from engine.model.place import Place
-from pallas_kernels.products import product
+from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.target import Target
@@ -34,7 +34,7 @@ def linear(x: Array, weight: Array | Quantized, target: Target) -> Array:
     if isinstance(weight, Quantized):
         return quantized_matmul(x, weight, target=target)
     weight = weight.reshape(x.shape[1], -1)
-    return product("ti,io->to", x, weight).astype(x.dtype)
+    return matmul(x, weight, target=target).astype(x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -52,7 +52,7 @@ def resolve_pooling(
         length_buckets=ladder(min(SMALLEST_LENGTH, limit), limit, 2),
         token_buckets=ladder(min(defaults.smallest_tokens, tokens), tokens, 4),
         quantization=None if asked in ("auto", "stored", "none") else asked,
-        target=Target(device.platform, device.chip, implementations(options.kernel)),
+        target=Target(device.platform, device.chip, implementations(options.kernel), native=device.native),
         overlap=options.overlap,
         max_queued_requests=options.max_queued_requests,
     )

@@ -13,7 +13,7 @@ from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat, check_left, check_packed
-from pallas_kernels.quantized_matmul import gpu, reference, tpu
+from pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.target import Target
 
 
@@ -35,6 +35,7 @@ class MatmulSpec:
 CANDIDATES: tuple[Implementation[MatmulSpec], ...] = (
     Implementation("tpu", tpu.declines, tpu.run),
     Implementation("gpu", gpu.declines, gpu.run),
+    Implementation("cpu", cpu.declines, cpu.run),
     Implementation("reference", never, reference.run),
 )
 

@@ -1,0 +1,43 @@
+"""x @ w for a weight as it is: the public function, its checks, and the choice of implementation.
+
+x is [tokens, K] in float32, bfloat16 or float16, w [K, N] of the same dtype, or [N, K] when
+transposed; the result is float32 [tokens, N], accumulated in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import Array
+
+from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.matmul import cpu, reference
+from pallas_kernels.matmul.spec import MatmulSpec
+from pallas_kernels.target import Target
+
+CANDIDATES: tuple[Implementation[MatmulSpec], ...] = (
+    Implementation("cpu", cpu.declines, cpu.run),
+    Implementation("reference", never, reference.run),
+)
+
+
+def choice(spec: MatmulSpec, target: Target) -> Choice[MatmulSpec]:
+    """What serves a call of these shapes on this chip, and why not the others."""
+    return choose("matmul", CANDIDATES, spec, target)
+
+
+def matmul(x: Array, w: Array, *, target: Target, transposed: bool = False) -> Array:
+    """float32 [tokens, N]: x [tokens, K] @ w [K, N], or w [N, K] when transposed."""
+    run = choice(spec_of(x, w, transposed=transposed), target).implementation.run
+    return run(x, w, transposed=transposed, target=target)
+
+
+def spec_of(
+    x: Array | jax.ShapeDtypeStruct, w: Array | jax.ShapeDtypeStruct, *, transposed: bool = False
+) -> MatmulSpec:
+    """The call's spec; ValueError names the shapes that do not fit together."""
+    if x.ndim != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[1 if transposed else 0]:
+        raise ValueError(f"x {x.shape} and {'transposed ' if transposed else ''}w {w.shape} do not fit together")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x is {x.dtype}, w is {w.dtype}")
+    n, k = w.shape if transposed else w.shape[::-1]
+    return MatmulSpec(x.shape[0], k, n, str(x.dtype), str(w.dtype), transposed)

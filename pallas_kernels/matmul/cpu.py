@@ -1,0 +1,42 @@
+"""matmul by the compiled CPU kernels (`pallas_kernels.native`): weights are read once, in the type they have.
+
+XLA converts bfloat16 weights to float32 in memory where the CPU has no bfloat16 products, and
+one row of bfloat16 falls off its fast path altogether. Here each row of the result is summed in
+the order of k whatever the number of rows, so it is the same bits in every bucket.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.matmul.spec import MatmulSpec
+from pallas_kernels.native.library import MATMUL
+from pallas_kernels.target import Target
+
+LANES = {"avx2": 16, "avx512": 32, "vector": 8}  # k and n are multiples of it; `kernels.cc` has twice its vectors' size
+WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+def declines(spec: MatmulSpec, target: Target) -> str | None:
+    """Why not: no library, a type that it does not read, sizes that are no whole vectors."""
+    if target.platform != "cpu":
+        return "for cpu"
+    if not target.native:
+        return "the native library is not there"
+    if spec.dtype not in ("float32", "bfloat16") or spec.weight_dtype not in WEIGHTS:
+        return f"{spec.dtype} times {spec.weight_dtype}"
+    if spec.dtype == "bfloat16" and spec.weight_dtype == "float32":
+        return "bfloat16 times float32"
+    lanes = LANES[target.native]
+    if spec.k % lanes or spec.n % lanes:
+        return f"{spec.k} times {spec.n}: not multiples of {lanes}"
+    return None
+
+
+def run(x: Array, w: Array, *, transposed: bool, target: Target) -> Array:
+    """See `api.matmul`; int8 weights are multiplied as numbers."""
+    n = w.shape[0] if transposed else w.shape[1]
+    call = jax.ffi.ffi_call(MATMUL, jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
+    return call(x, w, isa=target.native, transposed=transposed)

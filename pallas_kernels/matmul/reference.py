@@ -1,0 +1,13 @@
+"""matmul in plain JAX: what a TPU and a GPU run, the fallback on a CPU, and the oracle."""
+
+from __future__ import annotations
+
+from jax import Array
+
+from pallas_kernels.products import product
+from pallas_kernels.target import Target
+
+
+def run(x: Array, w: Array, *, transposed: bool, target: Target) -> Array:
+    """See `api.matmul`."""
+    return product("tk,nk->tn" if transposed else "tk,kn->tn", x, w)

@@ -1,0 +1,42 @@
+"""Loads the compiled kernels and hands them to XLA by name, once a process.
+
+Programs that call them name the instruction set, so that what was compiled for one machine
+fails on another with a message and not with an illegal instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jax
+
+LIBRARY = Path(__file__).parent / "libnative.so"
+MATMUL = "octavo_matmul"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What this process can call. isa: "" where there is nothing, and then `missing` says why."""
+
+    isa: str
+    missing: str = ""
+
+
+@cache
+def library(path: Path = LIBRARY) -> Library:
+    """Load and register; never raises: without it plain XLA serves."""
+    if not path.is_file():
+        return Library("", "not built: `python -m pallas_kernels.native.build` needs a C++ compiler")
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.octavo_best_isa.restype = ctypes.c_char_p
+        isa = loaded.octavo_best_isa().decode()
+        if not isa:
+            return Library("", "this CPU has none of the instruction sets that it was built for")
+        jax.ffi.register_ffi_target(MATMUL, jax.ffi.pycapsule(loaded.octavo_matmul), platform="cpu")
+    except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
+        return Library("", f"{path.name} cannot be used: {' '.join(str(error).split())}")
+    return Library(isa)

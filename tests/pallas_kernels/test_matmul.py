@@ -1,0 +1,136 @@
+"""Products by the compiled CPU kernels: against float64, bit for bit the same in every bucket, rows kept apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.choice import KernelDeclined
+from pallas_kernels.matmul import api, matmul
+from pallas_kernels.matmul.cpu import LANES
+from pallas_kernels.matmul.spec import MatmulSpec
+from pallas_kernels.native import library
+from pallas_kernels.native.library import library as loaded
+from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.target import CPU, Target
+
+NATIVE = Target(native=library().isa)
+needs_native = pytest.mark.skipif(not NATIVE.native, reason=library().missing)
+ROWS = (1, 2, 3, 4, 5, 7, 12, 14, 33)  # every tile and every remainder
+SHAPES = ((32, 32), (64, 96), (576, 160), (288, 1056))  # (k, n): remainders of blocks, of tasks, of depths
+TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-6}  # of the norm: products are exact, sums are float32
+
+
+def operands(rows: int, k: int, n: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(k + n)
+    x, w = rng.standard_normal((max(ROWS), k)), rng.standard_normal((k, n)) / k**0.5
+    return jnp.asarray(x[:rows], dtype), jnp.asarray(w, dtype)
+
+
+def error(got: jax.Array, x: jax.Array, w: jax.Array) -> float:
+    wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
+
+
+@needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_float64(dtype: str, transposed: bool) -> None:
+    for k, n in SHAPES:
+        for rows in ROWS:
+            x, w = operands(rows, k, n, dtype)
+            assert api.choice(api.spec_of(x, w), NATIVE).implementation.name == "cpu"
+            got = matmul(x, w.T if transposed else w, target=NATIVE, transposed=transposed)
+            assert got.dtype == jnp.float32 and error(got, x, w) < TOLERANCE[dtype], (k, n, rows)
+
+
+@needs_native
+def test_the_check_fails_when_rows_of_the_weight_are_swapped() -> None:
+    x, w = operands(5, 64, 96, "bfloat16")
+    got = matmul(x, w.at[jnp.array([0, 1])].set(w[jnp.array([1, 0])]), target=NATIVE)
+    assert error(got, x, w) > 100 * TOLERANCE["bfloat16"]
+
+
+@needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str, transposed: bool) -> None:
+    """One row alone, among few (streamed) and among many (widened once), next to rows of NaN."""
+    for k, n in SHAPES:
+        x, w = operands(max(ROWS), k, n, dtype)
+        w = w.T if transposed else w
+        alone = np.asarray(matmul(x[:1], w, target=NATIVE, transposed=transposed))
+        for rows in ROWS[1:]:
+            found = matmul(x[:rows].at[1:].set(jnp.nan), w, target=NATIVE, transposed=transposed)
+            assert np.array_equal(np.asarray(found)[:1], alone), (k, n, rows)
+            assert np.isnan(np.asarray(found)[1:]).all()
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 4, 13])
+def test_int8_weights(rows: int) -> None:
+    """One scale a column: as good as the reference, which multiplies the same numbers."""
+    x, w = operands(rows, 288, 1056, "float32")
+    packed = quantize(np.asarray(w), "int8")
+    got, wanted = (quantized_matmul(x, packed, target=target) for target in (NATIVE, CPU))
+    assert error(got, x, w) > 1e-4, "the weights are rounded"
+    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-6
+
+
+@needs_native
+def test_inside_a_program_with_many_calls() -> None:
+    """Threads of the pool come late, or while the next call runs already."""
+    x, w = operands(4, 576, 576, "float32")
+
+    @jax.jit
+    def chain(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(matmul(x, w, target=NATIVE)), x)
+
+    results = [np.asarray(chain(x)) for _ in range(5)]
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_declines() -> None:
+    native = Target(native="avx2")
+    spec = MatmulSpec(4, 64, 64, "bfloat16", "bfloat16")
+
+    def why(spec: MatmulSpec, target: Target) -> str:
+        return dict(api.choice(spec, target).declined).get("cpu", "")
+
+    assert why(spec, native) == ""
+    assert why(spec, CPU) == "the native library is not there"
+    assert why(spec, Target("tpu", "v6e")) == "for cpu"
+    assert "not multiples of 16" in why(MatmulSpec(4, 40, 64, "float32", "float32"), native)
+    assert why(MatmulSpec(4, 64, 64, "float16", "float16"), native) == "float16 times float16"
+    assert why(MatmulSpec(4, 64, 64, "bfloat16", "float32"), native) == "bfloat16 times float32"
+    with pytest.raises(KernelDeclined, match="the native library is not there"):
+        api.choice(spec, Target(implementations=(("matmul", "cpu"),)))
+
+
+def test_shapes_that_do_not_fit_together() -> None:
+    with pytest.raises(ValueError, match=r"x \(2, 3\) and transposed w \(4, 5\)"):
+        matmul(jnp.zeros((2, 3)), jnp.zeros((4, 5)), target=CPU, transposed=True)
+    with pytest.raises(ValueError, match="x is float32, w is bfloat16"):
+        matmul(jnp.zeros((2, 3)), jnp.zeros((3, 5), jnp.bfloat16), target=CPU)
+
+
+@needs_native
+def test_a_program_for_another_instruction_set_says_so() -> None:
+    x, w = operands(1, 32, 32, "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no native kernels for sparc"):
+        LANES["sparc"] = 16
+        try:
+            matmul(x, w, target=Target(native="sparc")).block_until_ready()
+        finally:
+            del LANES["sparc"]
+
+
+def test_without_a_library_the_reason_is_said(tmp_path: Path) -> None:
+    assert "needs a C++ compiler" in loaded(tmp_path / "libnative.so").missing
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    assert "damaged.so cannot be used" in loaded(tmp_path / "damaged.so").missing
