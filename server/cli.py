@@ -90,6 +90,13 @@ COMMANDS = (
         positional=("action", "model"),
         defaults={"sharding": "tp"},
     ),
+    Command(
+        name="plan",
+        help="say what a model would hold, take and cost on chips that need not be there",
+        run="server.commands.plan:run",
+        options=(EngineOptions, command_options.PlanOptions),
+        positional=("model",),
+    ),
     Command(name="version", help="print versions", run="server.commands.version:run"),
 )
 

@@ -10,7 +10,7 @@ for them run, are not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +86,16 @@ class Count:
             self.collectives + other.collectives,
         )
 
+    def __mul__(self, times: int) -> Count:
+        """So many of them, one after the other."""
+        return Count(
+            tuple((dtype, number * times) for dtype, number in self.flops),
+            self.weight_bytes * times,
+            self.cache_bytes * times,
+            self.activation_bytes * times,
+            tuple(replace(call, count=call.count * times) for call in self.collectives),
+        )
+
     @property
     def all_flops(self) -> float:
         return sum(number for _, number in self.flops)
@@ -114,8 +124,11 @@ def prefill_steps(config: EngineConfig, length: int) -> list[Step]:
 
 
 def count_step(model: ModelConfig, config: EngineConfig, step: Step) -> Count:
-    """What one device does in the step."""
-    return _Counter(model, config, step).count()
+    """What one device does in the step. Layers of a kind are alike, but for those that a checkpoint has packed."""
+    alike = not config.stored
+    kinds = tuple(dict.fromkeys(model.layers)) if alike else model.layers
+    times = [model.layers.count(kind) if alike else 1 for kind in kinds]
+    return _Counter(replace(model, layers=kinds), config, step).count(times)
 
 
 class _Counter:
@@ -126,16 +139,16 @@ class _Counter:
         self.item = jnp.dtype(config.dtype).itemsize
         self.params = local_shapes(model, config)
 
-    def count(self) -> Count:
+    def count(self, times: Sequence[int]) -> Count:
+        """times: how often the model has each of the layers."""
         total = self._embedding() + self._logits()
         layers: dict[str, Params] = {}
         for name, weight in self.params.items():
             if name.startswith("layers."):
                 _, layer, short = name.split(".", 2)
                 layers.setdefault(layer, {})[short] = weight
-        for spec, weights in zip(self.model.layers, layers.values(), strict=True):
-            for part in self._layer(spec, weights):
-                total += part
+        for spec, weights, often in zip(self.model.layers, layers.values(), times, strict=True):
+            total += sum(self._layer(spec, weights), Count()) * often
         return total
 
     def _embedding(self) -> Count:

@@ -71,6 +71,44 @@ class ShardingOptions:
             raise InvalidParam("action", f"must be explain, got {self.action!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    topology: tuple[str, ...] = option((), "chips that need not be there: v6e:2x4, tpu7x:2x2x1, h200:8, cpu:8")
+    prompt: tuple[int, ...] = option((), "prompt length to give TTFT for, in tokens")
+    batch: tuple[int, ...] = option((), "sequences decoding at once to give TPOT for")
+    context: int | None = option(None, "tokens of each of those sequences")
+    price: float | None = option(None, "of a chip-hour, for the cost of a million tokens")
+    memory_gib: int | None = option(None, "memory of a CPU device, in GiB")
+    compile: bool = option(True, "compile the largest decode and prefill program of each layout")
+    effort: Literal["quick", "served"] = option(
+        "quick", "quick compiles for TPUs with few optimizations, which overstates temporaries; served as it is served"
+    )
+    full: bool = option(False, "compile all layers, where two depths and a line would do")
+    search: bool = option(False, "try every file of configs/sharding, and compile the best layouts")
+    goal: Literal["tpot", "throughput", "context"] = option(
+        "tpot", "what --search ranks by: lowest TPOT, most tokens a second and chip, most tokens in the cache"
+    )
+    try_quantization: tuple[str, ...] = option((), "quantization that --search tries too: none, int8, int4 or fp8")
+    best: int = option(2, "layouts that --search compiles")
+    json: bool = option(False, "one JSON object")
+    html: str | None = option(None, "file to write a page with charts to")
+
+    def __post_init__(self) -> None:
+        if not self.topology:
+            raise InvalidParam("topology", "name one, as v6e:2x4 or h200:8")
+        if self.goal not in ("tpot", "throughput", "context"):
+            raise InvalidParam("goal", f"must be tpot, throughput or context, got {self.goal!r}")
+        if self.effort not in ("quick", "served"):
+            raise InvalidParam("effort", f"must be quick or served, got {self.effort!r}")
+        for name in self.try_quantization:
+            if name not in ("none", "int8", "int4", "fp8"):
+                raise InvalidParam("try_quantization", f"must be none, int8, int4 or fp8, got {name!r}")
+        for name in ("context", "price", "memory_gib", "best"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidParam(name, f"must be positive, got {value}")
+
+
 # Fields of SamplingParams that make sense for text on a terminal; the others have no flag.
 SAMPLING_HELP = {
     "n": "answers to draw",
