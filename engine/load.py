@@ -39,6 +39,7 @@ from engine.model.weights.packed import summary
 from engine.placement import placer
 from engine.plan import Layout
 from engine.programs import held_bytes, page_bytes, serving_programs, step_program
+from engine.replica import Replica
 from engine.resolve import DeviceFacts, resolve, shards_of, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
@@ -51,23 +52,51 @@ CacheFor = Callable[[EngineConfig], ProgramCache]
 TEMPORARY_GUESS_BYTES = 2 << 30  # when memory is ample even with this, nobody needs to know better
 
 
-def load_engine(options: EngineOptions, path: Path, report: Report = lambda phase, progress: None) -> Engine:
+def load_engine(
+    options: EngineOptions,
+    path: Path,
+    report: Report = lambda phase, progress: None,
+    replica: Replica | None = None,
+) -> Engine:
     """A warmed-up engine for the model at `path`, its thread not started yet. Raises OctavoError with the cause.
 
-    report(phase, progress 0 to 1) is called from this thread as phases go on.
+    report(phase, progress 0 to 1) is called from this thread as phases go on. replica: which this process leads.
     """
+    tokenizer = None if options.skip_tokenizer_init else tokenizer_of(options, path)
+    runner, checkpoint = load_runner(options, path, report, replica)
+    report("warm up", 0.0)
+    runner.warm_up()
+    ends = (*checkpoint.end_token_ids, *(tokenizer.end_token_ids if tokenizer else ()))
+    engine = Engine(
+        runner.config,
+        runner,
+        vocab_size=runner.model.vocab_size,
+        tokenizer=tokenizer,
+        model_name=display_name(options.model),
+        end_token_ids=tuple(dict.fromkeys(ends)),
+        counters=runner.counters,
+        layouts=layouts(options, runner, device_facts(), caches(options, runner.model)) if replica is None else None,
+    )
+    gc.collect()
+    gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
+    runner.counters.ready = True
+    report("ready", 1.0)
+    return engine
+
+
+def load_runner(
+    options: EngineOptions, path: Path, report: Report, replica: Replica | None = None
+) -> tuple[Runner, Checkpoint]:
+    """Weights and programs on the devices; of a replica, this process's part of them."""
     counters = Counters()
     count_compiles(counters)
-    root = cache_root(options.cache_dir)
     checkpoint = open_checkpoint(path, max_model_len=options.max_model_len)
-    tokenizer = None if options.skip_tokenizer_init else tokenizer_of(options, path)
     model, device = checkpoint.config, device_facts()
-
-    def cache_for(config: EngineConfig) -> ProgramCache:
-        return ProgramCache(root, model=model, config=config) if options.compile_cache else NoProgramCache()
-
+    cache_for = caches(options, model) if replica is None else lambda config: NoProgramCache()
     config = configure(options, checkpoint, device)
     config = size_pool(options, model, config, device, cache_for)
+    if replica is not None:
+        config = replica.agree(config)
     log.info("%s on %s: %s", options.model, device.platform, config.summary())
     for line in kernel_choices(model, config):
         log.info("%s", line)
@@ -75,25 +104,13 @@ def load_engine(options: EngineOptions, path: Path, report: Report = lambda phas
     programs = serving_programs(model, config, mesh_of(config.shards))
     executables = compile_all(programs, cache_for(config), report)
     _check_fits(model, config, executables, device)
-    report("warm up", 0.0)
-    runner = Runner(model, config, params, executables, counters)
-    runner.warm_up()
-    ends = (*checkpoint.end_token_ids, *(tokenizer.end_token_ids if tokenizer else ()))
-    engine = Engine(
-        config,
-        runner,
-        vocab_size=model.vocab_size,
-        tokenizer=tokenizer,
-        model_name=display_name(options.model),
-        end_token_ids=tuple(dict.fromkeys(ends)),
-        counters=counters,
-        layouts=layouts(options, runner, device, cache_for),
-    )
-    gc.collect()
-    gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
-    counters.ready = True
-    report("ready", 1.0)
-    return engine
+    make = replica.leading if replica is not None and replica.leads else Runner
+    return make(model, config, params, executables, counters), checkpoint
+
+
+def caches(options: EngineOptions, model: ModelConfig) -> CacheFor:
+    root = cache_root(options.cache_dir)
+    return lambda config: ProgramCache(root, model=model, config=config) if options.compile_cache else NoProgramCache()
 
 
 def configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts) -> EngineConfig:

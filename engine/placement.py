@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from engine.config import EngineConfig
 from engine.executables import placed
@@ -38,9 +40,16 @@ def placer(model: ModelConfig, config: EngineConfig) -> Put:
 def _to_shards(model: ModelConfig, config: EngineConfig) -> Put:
     """put(name, arrays as the devices hold them, wherever they are)."""
     mesh = mesh_of(config.shards)
-    cuts = {} if mesh is None else param_cuts(model, config)
-    alone = jax.devices()[0]
-    return lambda name, array: jax.device_put(array, alone if mesh is None else placed(mesh, array, cuts[name]))
+    if mesh is None:
+        return lambda name, array: jax.device_put(array, jax.devices()[0])
+    cuts = param_cuts(model, config)
+    put = partial(jax.tree.map, _local_parts) if mesh.is_multi_process else jax.device_put
+    return lambda name, array: put(array, placed(mesh, array, cuts[name]))
+
+
+def _local_parts(array: np.ndarray, sharding: Sharding) -> Array:
+    """Of what every process has whole: each puts its own parts; device_put would compare the copies."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def move(model: ModelConfig, params: list[Array], old: EngineConfig, new: EngineConfig) -> None:

@@ -129,10 +129,10 @@ class Runner:
         for seq in plan.admitted:
             if needs_configure(seq):
                 vector = build_configure(self._configure_layout, seq, self.model.vocab_size)
-                (self._slots,) = self.executables["configure"](self._slots, [vector])
+                self.configure(vector)
         key = step_key(self.config, plan)
         vector = build(self.config, key, self._layouts[key], plan)
-        output = self._step(self.executables[key.name], vector)
+        output = self.step(self.executables[key.name], vector)
         self._count(key, plan)
         for array in output:
             array.copy_to_host_async()
@@ -147,18 +147,22 @@ class Runner:
 
     def token_logits(self, executable: Executable, vector: np.ndarray) -> np.ndarray:
         """float32 [tokens, vocab] of a chunk, through a program of `programs.logits_program`."""
-        return np.asarray(self._step(executable, vector)[0])
+        return np.asarray(self.step(executable, vector)[0])
 
     def warm_up(self) -> None:
         """Run every program once on idle rows, so that the first request pays for nothing."""
         for key, layout in self._layouts.items():
-            jax.block_until_ready(self._step(self.executables[key.name], layout.pack()[0]))
+            jax.block_until_ready(self.step(self.executables[key.name], layout.pack()[0]))
         vector, fields = self._configure_layout.pack()
         fields["slot"][...] = self.config.max_num_seqs
-        (self._slots,) = self.executables["configure"](self._slots, [vector])
+        self.configure(vector)
         jax.block_until_ready(self._slots)
 
-    def _step(self, executable: Executable, vector: np.ndarray) -> list[Array]:
+    def configure(self, vector: np.ndarray) -> None:
+        """Fill the heavy rows of one slot."""
+        (self._slots,) = self.executables["configure"](self._slots, [vector])
+
+    def step(self, executable: Executable, vector: np.ndarray) -> list[Array]:
         self._kv, self._slots, output = executable(self._params, self._kv, self._slots, [vector])
         return output
 

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from engine.config import EngineOptions, cache_root
+from engine.errors import InvalidParam
 from engine.executables import Report
-from engine.load import load_engine
+from engine.load import load_engine, load_runner
 from engine.loop import Engine
 from engine.pooling.engine import PoolingEngine
 from engine.pooling.load import load_pooling_engine, pools
 from engine.registry import resolve_model
+from engine.replica import Replica
 
 
-def load_any_engine(options: EngineOptions, report: Report = lambda phase, progress: None) -> Engine | PoolingEngine:
+def load_any_engine(
+    options: EngineOptions, report: Report = lambda phase, progress: None, replica: Replica | None = None
+) -> Engine | PoolingEngine:
     """A warmed-up engine whose thread is not started yet. Raises OctavoError with the cause.
 
-    report(phase, progress 0 to 1) is called from this thread as phases go on.
+    report(phase, progress 0 to 1) is called from this thread as phases go on. replica: which this process leads.
     """
     report("find model", 0.0)
-    path = resolve_model(options.model, cache_dir=cache_root(options.cache_dir), revision=options.revision)
-    load = load_pooling_engine if pools(options, path) else load_engine
-    return load(options, path, report)
+    path = model_path(options)
+    if not pools(options, path):
+        return load_engine(options, path, report, replica)
+    if replica is not None:
+        raise InvalidParam("multihost", "a model that embeds or scores runs in one process")
+    return load_pooling_engine(options, path, report)
+
+
+def follow(options: EngineOptions, replica: Replica) -> None:
+    """A process of a replica that another leads: returns when that one leaves."""
+    runner, _ = load_runner(options, model_path(options), lambda phase, progress: None, replica)
+    replica.follow(runner)
+
+
+def model_path(options: EngineOptions) -> Path:
+    return resolve_model(options.model, cache_dir=cache_root(options.cache_dir), revision=options.revision)

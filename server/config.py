@@ -17,6 +17,7 @@ _AT_LEAST: dict[str, float] = {
     "max_header_bytes": 1024,
     "max_choices": 1,
     "body_timeout_s": 0.01,
+    "join_timeout_s": 0.1,
     "shutdown_timeout_s": 0,
     "keep_alive_s": 0,
 }
@@ -31,6 +32,13 @@ class ServerOptions:
     served_model_name: str | None = option(None, "name that clients use (default: the model's)")
     api_key: str | None = option(None, "bearer token that every request must bring, probes excepted")
     admin_routes: bool = option(False, "answer POST /admin/reshard; for operators, with an api_key")
+    multihost: bool = option(False, "one replica of several processes, of which the first serves")
+    coordinator: str | None = option(
+        None, "HOST:PORT of the first process; JAX's own is the next port (default: LeaderWorkerSet's, port 8476)"
+    )
+    num_processes: int | None = option(None, "processes of the replica")
+    process_id: int | None = option(None, "of this process; 0 schedules and serves")
+    join_timeout_s: float = option(120.0, "how long processes of a replica wait for each other at the start")
     max_body_bytes: int = option(8 * 2**20, "largest request body; more is answered with 413")
     max_header_bytes: int = option(64 * 2**10, "largest request line and headers together")
     max_choices: int = option(1024, "most choices (n times prompts) or texts to embed that one request may ask for")

@@ -115,7 +115,7 @@ class _Process:
         server.should_exit = True
         await serving
         if launching.is_alive() or not is_stopped:
-            _leave(code)
+            leave(code)
         return code
 
     def _signalled(self) -> None:
@@ -185,7 +185,7 @@ class _Process:
         return not stopping.is_alive()
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """End the process now: a thread is inside the compiler or a device call, and nothing can stop it."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 # Host bookkeeping: tested in milliseconds, on a machine without JAX.
 NO_JAX = {
-    *(f"engine.{name}" for name in ("request", "errors", "json_file", "config", "stats", "sequence")),
+    *(f"engine.{name}" for name in ("request", "errors", "json_file", "config", "stats", "sequence", "hosts")),
     *(f"engine.{name}" for name in ("pages", "checkpoints", "prefix_cache", "scheduler", "policy")),
     *(f"engine.pooling.{name}" for name in ("config", "request")),
     "server.cli",
@@ -45,6 +45,7 @@ MAY_JIT = {
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
 MAY_READ_ENVIRONMENT = {
     "engine.config",  # the cache folder
+    "engine.hosts",  # LeaderWorkerSet says there who takes part
     "sharding.topology",  # libtpu takes the chip to compile for from there, and from nowhere else
     "engine.executables",  # XLA's own flags are part of the key of a compiled program
 }
