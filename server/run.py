@@ -14,7 +14,6 @@ from server.config import ServerOptions
 from server.lifecycle import ModelHandle, Report
 from server.process import leave, run, say
 
-
 log = logging.getLogger("octavo.server")
 
 
