@@ -96,7 +96,7 @@ def resolve(
     seqs, checkpoints = _states(options, model, dtype, device)
     tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
     asked = options.quantization
-    target = Target(device.platform, device.chip, implementations(options.kernel), native=device.native)
+    target = target_of(device, options.kernel)
     return EngineConfig(
         dtype=dtype,
         max_model_len=max_model_len,
@@ -206,9 +206,18 @@ def implementations(asked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def target_of(device: DeviceFacts, kernel: tuple[str, ...]) -> Target:
+    """What programs are compiled for; kernel: op=implementation, as asked for by name."""
+    own_products = device.platform == "cpu" and device.fast_bfloat16
+    asked = implementations(kernel)
+    return Target(device.platform, device.chip, asked, native=device.native, bfloat16_products=own_products)
+
+
 def dtype_of(asked: str, native: str, device: DeviceFacts) -> Literal["bfloat16", "float32"]:
-    """As asked; auto is the checkpoint's, but float32 where bfloat16 is slower."""
-    if asked == "float32" or (asked == "auto" and (native == "float32" or not device.fast_bfloat16)):
+    """As asked; auto is the checkpoint's, but float32 where bfloat16 is slower: on a CPU without either such products
+    or the compiled kernels."""
+    fast = device.fast_bfloat16 or device.native
+    if asked == "float32" or (asked == "auto" and (native == "float32" or not fast)):
         return "float32"
     return "bfloat16"
 

@@ -55,6 +55,7 @@ class Target:
     implementations: (op, implementation) pairs that leave no choice; see `choice.choose`.
     interpret: kernels of the chip run in their interpreter on a CPU, races looked for.
     native: the instruction set of the compiled CPU kernels (`pallas_kernels.native`); "" where there are none.
+    bfloat16_products: a CPU's own, in hardware.
     """
 
     platform: Platform = "cpu"
@@ -62,6 +63,7 @@ class Target:
     implementations: tuple[tuple[str, str], ...] = ()
     interpret: bool = False
     native: str = ""
+    bfloat16_products: bool = False
 
     @property
     def facts(self) -> Chip | None:

@@ -7,8 +7,7 @@ from engine.errors import InvalidParam, ModelError
 from engine.model.config import ModelConfig
 from engine.model.encoder_config import EncoderConfig
 from engine.pooling.config import Matryoshka, Pooling, PoolingConfig, PoolingKind
-from engine.resolve import DEFAULTS, DeviceFacts, dtype_of, implementations, ladder
-from pallas_kernels.target import Target
+from engine.resolve import DEFAULTS, DeviceFacts, dtype_of, ladder, target_of
 
 SMALLEST_LENGTH = 8  # tokens: with two special ones, a text of a few words
 # Options that mean nothing without a cache or a next token.
@@ -52,7 +51,7 @@ def resolve_pooling(
         length_buckets=ladder(min(SMALLEST_LENGTH, limit), limit, 2),
         token_buckets=ladder(min(defaults.smallest_tokens, tokens), tokens, 4),
         quantization=None if asked in ("auto", "stored", "none") else asked,
-        target=Target(device.platform, device.chip, implementations(options.kernel), native=device.native),
+        target=target_of(device, options.kernel),
         overlap=options.overlap,
         max_queued_requests=options.max_queued_requests,
     )

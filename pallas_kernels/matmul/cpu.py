@@ -2,7 +2,8 @@
 
 XLA converts bfloat16 weights to float32 in memory where the CPU has no bfloat16 products, and
 one row of bfloat16 falls off its fast path altogether. Here each row of the result is summed in
-the order of k whatever the number of rows, so it is the same bits in every bucket.
+the order of k whatever the number of rows, so it is the same bits in every bucket. These kernels
+multiply in float32; a CPU with bfloat16 products does more rows faster by XLA.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pallas_kernels.native.library import MATMUL
 from pallas_kernels.target import Target
 
 LANES = {"avx2": 16, "avx512": 32, "vector": 8}  # k and n are multiples of it; `kernels.cc` has twice its vectors' size
+STREAMED = 4  # rows up to which reading the weights is what takes time; `kernels.cc` streams them
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
@@ -29,6 +31,8 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
         return f"{spec.dtype} times {spec.weight_dtype}"
     if spec.dtype == "bfloat16" and spec.weight_dtype == "float32":
         return "bfloat16 times float32"
+    if target.bfloat16_products and spec.weight_dtype == "bfloat16" and spec.tokens > STREAMED:
+        return f"more than {STREAMED} rows, and the CPU multiplies bfloat16 itself"
     lanes = LANES[target.native]
     if spec.k % lanes or spec.n % lanes:
         return f"{spec.k} times {spec.n}: not multiples of {lanes}"

@@ -32,6 +32,7 @@ def resolved(device: DeviceFacts = CPU, native: str = "bfloat16", **options: Any
     [
         ("auto", "bfloat16", CPU, "float32"),
         ("auto", "bfloat16", CPU_BF16, "bfloat16"),
+        ("auto", "bfloat16", replace(CPU, native="avx2"), "bfloat16"),
         ("auto", "bfloat16", GPU, "bfloat16"),
         ("auto", "float16", GPU, "bfloat16"),
         ("auto", "float32", GPU, "float32"),
@@ -120,7 +121,7 @@ def test_unknown_values_are_named() -> None:
         with pytest.raises(InvalidParam, match="must be one of") as error:
             options_from_dict(EngineOptions, {name: value})
         assert error.value.param == name
-    for text in ("kv_write", "kv_write=", "matmul=reference"):
+    for text in ("kv_write", "kv_write=", "product=reference"):
         with pytest.raises(InvalidParam, match="is not op=implementation"):
             resolved(kernel=(text,))
 

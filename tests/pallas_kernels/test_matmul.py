@@ -107,6 +107,9 @@ def test_declines() -> None:
     assert why(spec, Target("tpu", "v6e")) == "for cpu"
     assert "not multiples of 16" in why(MatmulSpec(4, 40, 64, "float32", "float32"), native)
     assert why(MatmulSpec(4, 64, 64, "float16", "float16"), native) == "float16 times float16"
+    own = Target(native="avx512", bfloat16_products=True)
+    assert why(spec, own) == "" and why(MatmulSpec(5, 64, 64, "float32", "float32"), own) == ""
+    assert "multiplies bfloat16 itself" in why(MatmulSpec(5, 64, 64, "bfloat16", "bfloat16"), own)
     assert why(MatmulSpec(4, 64, 64, "bfloat16", "float32"), native) == "bfloat16 times float32"
     with pytest.raises(KernelDeclined, match="the native library is not there"):
         api.choice(spec, Target(implementations=(("matmul", "cpu"),)))
