@@ -153,8 +153,9 @@ def _call_lines(calls: Sequence[Json], layers: int, where: str) -> Iterator[str]
         return
     yield f"  collectives {where}:"
     for call in calls:
-        each, rest = divmod(call["count"], layers)
-        often = f"{each} a layer" + (f" and {rest}" if rest else "") if each else f"{call['count']} a step"
+        often = f"{call['count']} a step"
+        if call["count"] >= layers:
+            often += f", {call['count'] / layers:.1f} a layer"
         along = " * ".join(call["axes"]) or "one device"
         yield f"              {call['kind']} along {along}, {size(call['bytes'])}: {often}"
 

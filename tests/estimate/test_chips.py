@@ -60,6 +60,10 @@ def test_a_wrong_topology_is_named(text: str, message: str) -> None:
         topology_of(text)
 
 
+def test_the_compilers_figures_are_of_every_gpu() -> None:
+    assert [name for name, chip in chips().items() if chip.platform == "gpu"] == list(GPUS)
+
+
 def test_rates_that_are_not_known_are_errors() -> None:
     with pytest.raises(InvalidParam, match="no peak rate of float32 products is known for v6e"):
         chips()["v6e"].device_flops("float32")
