@@ -36,6 +36,7 @@ def library(path: Path = LIBRARY) -> Library:
         isa = loaded.octavo_best_isa().decode()
         if not isa:
             return Library("", "this CPU has none of the instruction sets that it was built for")
+        jax.devices("cpu")  # before it exists, a kernel that it refuses would take the backend with it
         jax.ffi.register_ffi_target(MATMUL, jax.ffi.pycapsule(loaded.octavo_matmul), platform="cpu")
     except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         return Library("", f"{path.name} cannot be used: {' '.join(str(error).split())}")
