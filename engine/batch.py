@@ -120,17 +120,29 @@ def step_layout(config: EngineConfig, key: StepKey) -> Layout:
 
 
 def step_key(config: EngineConfig, plan: StepPlan) -> StepKey:
-    """The smallest program that holds the plan."""
+    """The smallest program that holds the plan, of each group its own."""
+    parts = parts_of(config, plan)
+    num_decode = max(len(part.decode_rows) for part in parts)
     if not plan.prefill_rows:
-        return StepKey(0, _bucket(config.decode_buckets, len(plan.decode_rows)))
+        return StepKey(0, _bucket(config.decode_buckets, num_decode))
     return StepKey(
-        _bucket(config.token_buckets, plan.num_prefill_tokens),
-        _bucket(config.prefill_decode_buckets, len(plan.decode_rows)),
+        _bucket(config.token_buckets, max(part.num_prefill_tokens for part in parts)),
+        _bucket(config.prefill_decode_buckets, num_decode),
     )
 
 
+def parts_of(config: EngineConfig, plan: StepPlan) -> list[StepPlan]:
+    """The plan of each group of requests."""
+    return [plan] if config.num_groups == 1 else [plan.of_group(group) for group in range(config.num_groups)]
+
+
 def build(config: EngineConfig, key: StepKey, layout: Layout, plan: StepPlan) -> np.ndarray:
-    """The plan as the vector that program `key` takes."""
+    """The plan as the vector that program `key` takes: of each group its own, one behind the other."""
+    vectors = [_build_part(layout, part) for part in parts_of(config, plan)]
+    return vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
+
+
+def _build_part(layout: Layout, plan: StepPlan) -> np.ndarray:
     vector, fields = layout.pack()
     for i, row in enumerate(plan.decode_rows):
         _fill_decode(fields, i, row)
@@ -200,7 +212,7 @@ def needs_configure(seq: Sequence) -> bool:
 def configure_layout(config: EngineConfig, vocab_size: int) -> Layout:
     """Fields of the vector that fills the heavy rows of one slot."""
     return Layout((
-        Field("slot", (), "int32"),
+        Field("slot", (), "int32", config.max_num_seqs),
         Field("tokens", (config.max_model_len,), "int32", vocab_size),  # out of range: counted nowhere
         Field("prompt_len", (), "int32"),
         Field("bias_ids", (MAX_LOGIT_BIAS,), "int32", vocab_size),
@@ -209,8 +221,19 @@ def configure_layout(config: EngineConfig, vocab_size: int) -> Layout:
     ))  # fmt: skip
 
 
-def build_configure(layout: Layout, seq: Sequence, vocab_size: int) -> np.ndarray:
-    """History, biases and allowed tokens of one sequence."""
+def idle_vector(config: EngineConfig, layout: Layout) -> np.ndarray:
+    """A step in which nobody does anything."""
+    return np.tile(layout.pack()[0], config.num_groups)
+
+
+def build_configure(config: EngineConfig, layout: Layout, seq: Sequence, vocab_size: int) -> np.ndarray:
+    """History, biases and allowed tokens of one sequence; the other groups fill their idle slot."""
+    vectors = [_configure_vector(layout, seq, vocab_size) if group == seq.group else layout.pack()[0]
+               for group in range(config.num_groups)]  # fmt: skip
+    return np.concatenate(vectors)
+
+
+def _configure_vector(layout: Layout, seq: Sequence, vocab_size: int) -> np.ndarray:
     vector, fields = layout.pack()
     request = seq.request
     fields["slot"][...] = seq.slot

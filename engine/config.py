@@ -118,6 +118,11 @@ class EngineConfig:
         return -(-self.max_model_len // self.page_size)
 
     @property
+    def num_groups(self) -> int:
+        """Groups of requests; all numbers here are of one of them."""
+        return self.shards.num_groups
+
+    @property
     def num_states(self) -> int:
         """Rows of a recurrent layer's pool: one a slot, the idle slot's, and the checkpoints."""
         return 0 if self.state_checkpoints is None else self.max_num_seqs + 1 + self.state_checkpoints

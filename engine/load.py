@@ -20,7 +20,7 @@ import numpy as np
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig, EngineOptions, cache_root
 from engine.device import device_facts
-from engine.errors import CapacityError
+from engine.errors import CapacityError, InvalidParam
 from engine.executables import (
     Executable,
     NoProgramCache,
@@ -162,6 +162,11 @@ def layouts(
     def prepare(sharding: str) -> Layout:
         model, counters = runner.model, runner.counters
         shards = shards_of(sharding, model, device.count)
+        if shards.num_groups != runner.config.num_groups:
+            raise InvalidParam(
+                "sharding", f"divides requests into {shards.num_groups} groups, not {runner.config.num_groups}: "
+                "that is for a new start",
+            )  # fmt: skip
         counters.ready = False  # these compilations are announced
         try:
             config = size_pool(options, model, replace(runner.config, shards=shards), device, cache_for)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.batch import StepKey, step_layout
+from engine.batch import StepKey, idle_vector, step_layout
 from engine.errors import ContextOverflow, InvalidParam
 from engine.executables import NoProgramCache, compile_one
 from engine.loop import Engine
@@ -57,9 +57,10 @@ class TokenLogits:
     def _chunk(self, token_ids: list[int], start: int, pages: list[int]) -> np.ndarray:
         part = token_ids[start : start + self.chunk]
         vector, fields = self.layout.pack()
+        idle = idle_vector(self.engine.config, self.layout)[self.layout.size :]  # of the other groups
         fields["tokens"][: len(part)] = part
         fields["q_len"][0], fields["position"][0] = len(part), start
         fields["block_table"][0, : len(pages)] = pages
         if "state_source" in fields and start:
             fields["state_source"][0] = fields["slot"][0]  # the idle slot's, which the chunk before it left
-        return self.runner.token_logits(self.executable, vector)[: len(part)]
+        return self.runner.token_logits(self.executable, np.concatenate([vector, idle]))[: len(part)]

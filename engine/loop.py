@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
+from engine.groups import scheduler_of
 from engine.outbox import INTERNAL_ERROR, Outbox, Sink, error_delta
 from engine.plan import Layout, PendingStep, StepRunner
 from engine.request import MAX_STOP_IDS, Request
-from engine.scheduler import Scheduler
 from engine.sequence import stop_token_ids
 from engine.stats import Counters, EngineStats
 from engine.text import Tokenizer
@@ -48,7 +48,7 @@ class Engine(EngineThread):
         self.model_name = model_name
         self.end_token_ids = end_token_ids
         self.counters = counters or Counters()
-        self.scheduler = Scheduler(config, self.counters)
+        self.scheduler = scheduler_of(config, self.counters)
         self.outbox = Outbox(self.scheduler.end)
         self._layouts = layouts
         self._resharding = threading.Lock()
@@ -103,7 +103,7 @@ class Engine(EngineThread):
         return EngineStats(
             num_running=running,
             num_waiting=len(scheduler.waiting) + self._num_submitted,
-            kv_usage=scheduler.cache.pool.num_held / (self.config.num_pages - 1),
+            kv_usage=scheduler.num_held_pages / (self.config.num_groups * (self.config.num_pages - 1)),
             last_step_age_s=0.0 if idle else time.monotonic() - self._last_step_s,
             **fields,
         )

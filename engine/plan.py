@@ -55,6 +55,14 @@ class StepPlan:
     decode_rows: tuple[DecodeRow, ...]
     admitted: tuple[Sequence, ...]  # new in their slots with this step
 
+    def of_group(self, group: int) -> StepPlan:
+        """The rows of one group of requests."""
+        return StepPlan(
+            tuple(row for row in self.prefill_rows if row.seq.group == group),
+            tuple(row for row in self.decode_rows if row.seq.group == group),
+            tuple(seq for seq in self.admitted if seq.group == group),
+        )
+
     @property
     def num_steps(self) -> int:
         """Tokens that a decode step may draw for a sequence."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from engine import steps
-from engine.batch import StepKey, configure_layout, lattice, step_layout
+from engine.batch import Layout, StepKey, configure_layout, lattice, step_layout
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.executables import Program
@@ -21,7 +21,7 @@ from engine.model.place import local_model, replicated
 from engine.model.quantization import packed_shape, packing_of
 from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
-from engine.steps import Compute
+from engine.steps import Compute, StepOutput
 from pallas_kernels.kv_layout import kv_layout
 from sharding.mesh import param_cut
 from sharding.params import ParamSpec
@@ -99,8 +99,19 @@ def _bytes(leaf: Shapes) -> int:
 
 def kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:
     """Of what each layer keeps. Pages are cut by KV heads; a latent row serves all heads and is on every device."""
-    pages = PartitionSpec(None, None, config.shards.axes("kv_heads") or None if model.latent is None else None)
-    return tuple(PartitionSpec() if layer.recurrent else pages for layer in model.layers)
+    groups, heads = group_cut(config), config.shards.axes("kv_heads") or None if model.latent is None else None
+    pages = PartitionSpec(*groups, None, heads)
+    return tuple(groups if layer.recurrent else pages for layer in model.layers)
+
+
+def group_cut(config: EngineConfig) -> PartitionSpec:
+    """Of what each group of requests has its own of, one behind the other: pages, slots, the step's vector."""
+    return PartitionSpec(config.shards.axes("requests") or None)
+
+
+def over_groups(config: EngineConfig, tree: Any) -> Any:
+    """Abstract arrays of one group as those of all."""
+    return jax.tree.map(lambda s: Shapes((config.num_groups * s.shape[0], *s.shape[1:]), s.dtype), tree)
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerStates, ...]:
@@ -109,7 +120,7 @@ def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerS
     parts = 1 if model.latent else config.shards.count("kv_heads")
     pages = Shapes((config.num_pages, config.page_size, parts * layout.width), jnp.dtype(layout.dtype))
     states = None if model.recurrence is None else states_shape(model, config.num_states, config.dtype)
-    return tuple(states if layer.recurrent and states else pages for layer in model.layers)
+    return over_groups(config, tuple(states if layer.recurrent and states else pages for layer in model.layers))
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -139,30 +150,36 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: M
     else:
         function = partial(steps.decode_step, compute_of(model, config), layout, config.decode_steps)
         output = steps.empty_output_shape(model, key.rows, config.decode_steps, 0)
-    state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
-    vector = Shapes((layout.size,), jnp.int32)
-    program = Program(key.name, function, (*state, vector), donated=(1, 2), outputs=(state[1], state[2], output))
+    state = (param_shapes(model, config), kv_shapes(model, config), *_held(model, config, layout))
+    program = Program(key.name, function, state, donated=(1, 2), outputs=(state[1], state[2], output))
     return _mapped(program, model, config, mesh)
 
 
+def _held(model: ModelConfig, config: EngineConfig, layout: Layout) -> tuple[Slots, Shapes]:
+    """Slots and the step's vector, of all groups."""
+    return over_groups(config, (slots_of(model, config), Shapes((layout.size,), jnp.int32)))
+
+
 def _mapped(program: Program, model: ModelConfig, config: EngineConfig, mesh: Mesh | None) -> Program:
-    """A step's program over the mesh: parameters and pages are cut, slots, vector and output are everywhere."""
+    """A step's program over the mesh: parameters and pages are cut; slots, vector and output by group alone."""
     if mesh is None:
         return program
-    kv, everywhere = kv_cuts(model, config), PartitionSpec()
-    cuts = ((param_cuts(model, config), kv, everywhere, everywhere), (kv, everywhere, everywhere))
-    return replace(program, mesh=mesh, cuts=cuts)
+    kv, groups, output = kv_cuts(model, config), group_cut(config), program.outputs[2]
+    out = jax.tree.map(lambda _: groups, output)
+    if isinstance(output, StepOutput) and output.expert_tokens is not None:
+        out = replace(out, expert_tokens=PartitionSpec())  # the sum of all
+    return replace(program, mesh=mesh, cuts=((param_cuts(model, config), kv, groups, groups), (kv, groups, out)))
 
 
 def logits_program(model: ModelConfig, config: EngineConfig, tokens: int, mesh: Mesh | None = None) -> Program:
     """Logits of every token of a chunk: for research, outside the serving set."""
     layout = step_layout(config, StepKey(tokens, 0))
-    state = (param_shapes(model, config), kv_shapes(model, config), slots_of(model, config))
+    state = (param_shapes(model, config), kv_shapes(model, config), *_held(model, config, layout))
     logits = Shapes((tokens, model.vocab_size), jnp.float32)
     program = Program(
         f"logits_{tokens}",
         partial(steps.token_logits, compute_of(model, config), layout),
-        (*state, Shapes((layout.size,), jnp.int32)),
+        state,
         donated=(1, 2),
         outputs=(state[1], state[2], logits),
     )
@@ -171,11 +188,9 @@ def logits_program(model: ModelConfig, config: EngineConfig, tokens: int, mesh: 
 
 def configure_program(model: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> Program:
     layout = configure_layout(config, model.vocab_size)
-    slots = slots_of(model, config)
-    inputs = (slots, Shapes((layout.size,), jnp.int32))
-    program = Program("configure", partial(steps.configure, layout), inputs, donated=(0,), outputs=(slots,))
-    everywhere = PartitionSpec()
-    return program if mesh is None else replace(program, mesh=mesh, cuts=((everywhere, everywhere), everywhere))
+    inputs, groups = _held(model, config, layout), group_cut(config)
+    program = Program("configure", partial(steps.configure, layout), inputs, donated=(0,), outputs=inputs[:1])
+    return program if mesh is None else replace(program, mesh=mesh, cuts=((groups, groups), groups))
 
 
 def slots_of(model: ModelConfig, config: EngineConfig) -> Slots:

@@ -46,6 +46,8 @@ class Replica:
                 "sharding", f"uses {config.shards.num_devices} of {jax.device_count()} devices; several processes "
                 "need one that uses all of them",
             )  # fmt: skip
+        if config.num_groups > 1:
+            raise InvalidParam("sharding", "divides requests into groups, which several processes cannot do yet")
         if not self.leads:
             self.peers[0].send({"op": "config", "num_pages": config.num_pages, "fields": _fields(config)})
             return replace(config, num_pages=self.peers[0].receive()[0]["num_pages"])

@@ -93,8 +93,10 @@ def resolve(
     if max_model_len > model.max_position:
         raise InvalidParam("max_model_len", f"{max_model_len} is more than the model's {model.max_position} positions")
     dtype = dtype_of(options.dtype, native_dtype, device)
+    shards = shards_of(options.sharding, model, device.count)
     seqs, checkpoints = _states(options, model, dtype, device)
-    tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
+    seqs = -(-seqs // shards.num_groups)
+    tokens = -(-(options.max_num_batched_tokens or defaults.max_num_batched_tokens) // shards.num_groups)
     asked = options.quantization
     target = target_of(device, options.kernel)
     return EngineConfig(
@@ -108,7 +110,7 @@ def resolve(
         stored=stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else (),
         state_checkpoints=checkpoints,
         target=target,
-        shards=shards_of(options.sharding, model, device.count),
+        shards=shards,
         page_size=options.page_size or defaults.page_size,
         num_pages=2,
         decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),
@@ -128,6 +130,8 @@ def shards_of(sharding: str, model: ModelConfig, num_devices: int) -> Shards:
         shards = load_strategy(sharding).shards(axis_sizes(model), num_devices)
     except ShardingError as error:
         raise InvalidParam("sharding", str(error)) from None
+    if shards.num_groups > 1 and model.recurrence is not None:
+        raise InvalidParam("sharding", "divides requests, which is not there for recurrent layers")
     replicated(model, shards)  # raises where query heads do not divide over the copies of their KV head
     return shards
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from engine.batch import (
     StepKey,
     build,
     build_configure,
     configure_layout,
+    idle_vector,
     lattice,
     needs_configure,
     step_key,
@@ -29,8 +31,8 @@ from engine.config import EngineConfig
 from engine.executables import Executable, placed
 from engine.model.config import ModelConfig
 from engine.placement import move
-from engine.plan import PromptLogprobs, RowResult, StepPlan, StepResult
-from engine.programs import kv_cuts, kv_shapes, slots_of
+from engine.plan import DecodeRow, PrefillRow, PromptLogprobs, RowResult, StepPlan, StepResult
+from engine.programs import group_cut, kv_cuts, kv_shapes, over_groups, slots_of
 from engine.stats import Counters
 from engine.steps import StepOutput
 from sharding.mesh import mesh_of
@@ -42,6 +44,7 @@ class Pending:
 
     plan: StepPlan
     key: StepKey
+    num_groups: int
     output: StepOutput  # device arrays
 
     def result(self) -> StepResult:
@@ -58,10 +61,10 @@ class Pending:
             logprobs, top_ids, top_logprobs = (_NONE if a is None else a[i, :count] for a in detail)
             return RowResult(tokens[i, :count], logprobs, top_ids, top_logprobs, bool(faulty[i]))
 
-        num_decode, first = len(self.plan.decode_rows), self.key.rows
+        size, first = tokens.shape[0] // self.num_groups, self.key.rows
         return StepResult(
-            prefill=tuple(row(first + i) for i in range(len(self.plan.prefill_rows))),
-            decode=tuple(row(i) for i in range(num_decode)),
+            prefill=tuple(row(size * group + first + i) for group, i in _places(self.plan.prefill_rows)),
+            decode=tuple(row(size * group + i) for group, i in _places(self.plan.decode_rows)),
             prompt_logprobs=self._prompt_logprobs(),
             expert_tokens=None if self.output.expert_tokens is None else np.asarray(self.output.expert_tokens),
         )
@@ -71,12 +74,22 @@ class Pending:
         if not any(row.wants_prompt_logprobs for row in rows) or self.output.prompt is None:
             return (None,) * len(rows)
         arrays = [np.asarray(a) for a in self.output.prompt]
-        found, start = [], 0
+        found, starts = [], [self.key.tokens * group for group in range(self.num_groups)]
         for row in rows:
+            start = starts[row.seq.group]
             cut = [a[start : start + row.count] for a in arrays]
             found.append(PromptLogprobs(*cut) if row.wants_prompt_logprobs else None)
-            start += row.count
+            starts[row.seq.group] += row.count
         return tuple(found)
+
+
+def _places(rows: Rows[PrefillRow] | Rows[DecodeRow]) -> Iterator[tuple[int, int]]:
+    """(group, which of its rows) of each row of a plan."""
+    counts: dict[int, int] = {}
+    for row in rows:
+        group = row.seq.group
+        yield group, counts.get(group, 0)
+        counts[group] = counts.get(group, 0) + 1
 
 
 _NONE = np.zeros((0,), np.float32)
@@ -110,9 +123,9 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh KV cache and slots, as at start or after a failed step."""
-        kv, slots = kv_shapes(self.model, self.config), slots_of(self.model, self.config)
+        kv, slots = kv_shapes(self.model, self.config), over_groups(self.config, slots_of(self.model, self.config))
         self._kv = _zeros(kv, self._mesh, kv_cuts(self.model, self.config))
-        self._slots = _zeros(slots, self._mesh, PartitionSpec())
+        self._slots = _zeros(slots, self._mesh, group_cut(self.config))
 
     def adopt(self, config: EngineConfig, executables: dict[str, Executable]) -> None:
         """Go on under `config`, which differs in shards and pages. What was kept is lost, also where it raises."""
@@ -128,7 +141,7 @@ class Runner:
         """Send the plan to the device: one transfer, one dispatch, more only for unusual admissions."""
         for seq in plan.admitted:
             if needs_configure(seq):
-                vector = build_configure(self._configure_layout, seq, self.model.vocab_size)
+                vector = build_configure(self.config, self._configure_layout, seq, self.model.vocab_size)
                 self.configure(vector)
         key = step_key(self.config, plan)
         vector = build(self.config, key, self._layouts[key], plan)
@@ -136,14 +149,16 @@ class Runner:
         self._count(key, plan)
         for array in output:
             array.copy_to_host_async()
-        return Pending(plan, key, jax.tree.unflatten(self.executables[key.name].structures[2], output))
+        return Pending(
+            plan, key, self.config.num_groups, jax.tree.unflatten(self.executables[key.name].structures[2], output)
+        )
 
     def _count(self, key: StepKey, plan: StepPlan) -> None:
         counters, steps = self.counters, max(plan.num_steps, 1)
         used = plan.num_prefill_tokens + sum(row.count for row in plan.decode_rows)
         counters.steps[key.name] = counters.steps.get(key.name, 0) + 1
         counters.tokens_used += used
-        counters.tokens_padded += key.tokens + key.rows * steps - used
+        counters.tokens_padded += self.config.num_groups * (key.tokens + key.rows * steps) - used
 
     def token_logits(self, executable: Executable, vector: np.ndarray) -> np.ndarray:
         """float32 [tokens, vocab] of a chunk, through a program of `programs.logits_program`."""
@@ -152,10 +167,8 @@ class Runner:
     def warm_up(self) -> None:
         """Run every program once on idle rows, so that the first request pays for nothing."""
         for key, layout in self._layouts.items():
-            jax.block_until_ready(self.step(self.executables[key.name], layout.pack()[0]))
-        vector, fields = self._configure_layout.pack()
-        fields["slot"][...] = self.config.max_num_seqs
-        self.configure(vector)
+            jax.block_until_ready(self.step(self.executables[key.name], idle_vector(self.config, layout)))
+        self.configure(idle_vector(self.config, self._configure_layout))
         jax.block_until_ready(self._slots)
 
     def configure(self, vector: np.ndarray) -> None:

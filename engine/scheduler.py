@@ -25,7 +25,7 @@ MASK64 = (1 << 64) - 1
 class Scheduler:
     """Owns every unfinished sequence, the slots and the pages."""
 
-    def __init__(self, config: EngineConfig, counters: Counters) -> None:
+    def __init__(self, config: EngineConfig, counters: Counters, group: int = 0) -> None:
         self.config = config
         self.counters = counters
         self.cache = _empty_cache(config)
@@ -33,7 +33,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # by order
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._order = itertools.count()
-        self._num_unseeded = 0
+        self._group = group
+        self._num_unseeded = group << 48  # no two requests without a seed have the same
 
     # -- admission and endings ------------------------------------------------------------
 
@@ -70,7 +71,9 @@ class Scheduler:
         leader = None
         for index in range(request.params.n):
             seed = (base if index == 0 else _mix(base + index)) & MASK64
-            seq = Sequence(request, index, next(self._order), seed, total, leader, list(request.prompt_token_ids))
+            seq = Sequence(
+                request, index, next(self._order), seed, total, leader, list(request.prompt_token_ids), self._group
+            )
             leader = leader or seq
             self.waiting.append(seq)
         self.counters.prompt_tokens += len(request.prompt_token_ids)
@@ -103,14 +106,27 @@ class Scheduler:
 
     # -- planning ---------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None when nothing can run until results are committed or requests come."""
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the next step would compute some of a prompt."""
+        return any(seq.prefilling for seq in self.running) or self._admissible() is not None
+
+    @property
+    def num_held_pages(self) -> int:
+        return self.cache.pool.num_held
+
+    def plan(self, together: bool | None = None) -> StepPlan | None:
+        """The next step, or None when nothing can run until results are committed or requests come.
+
+        together: what it is with other groups, whether it computes prompts; None: alone.
+        """
         self.cache.checkpoints.begin_step()
         # Decode rows take their pages first: they are older than whatever is admitted here.
-        mixed = any(seq.prefilling for seq in self.running) or self._admissible() is not None
+        mixed = self.has_prompts if together is None else together
         decode_rows = self._plan_decode(1 if mixed else self.config.decode_steps)
         # Preempting above may have made room, but multi-token rows cannot ride along.
-        prefill_rows, admitted = self._plan_prefill() if mixed or not decode_rows else ([], [])
+        alone = together is None and not decode_rows
+        prefill_rows, admitted = self._plan_prefill() if mixed or alone else ([], [])
         if not prefill_rows and not decode_rows:
             return None
         for row in itertools.chain(prefill_rows, decode_rows):

@@ -36,6 +36,7 @@ class Sequence:
     max_total_len: int  # prompt and output tokens, at most
     leader: Sequence | None  # choice 0, whose prompt pages this choice waits for and shares
     token_ids: list[int] = field(default_factory=list)
+    group: int = 0  # of requests, whose slots and pages it has
     state: State = State.WAITING
     slot: int = -1
     pages: list[int] = field(default_factory=list)

@@ -96,7 +96,7 @@ def decode_step(
         return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
 
     def more(state: tuple[Array, KV, Slots, StepOutput]) -> Array:
-        return jnp.any(is_drawing(state[0], state[2]))
+        return compute.place.any(is_drawing(state[0], state[2]))
 
     state = (jnp.int32(0), kv, slots, out)
     # One step needs no loop: see Chip.loops_copy.
@@ -180,7 +180,7 @@ def forward(
     attend = Memory(compute.kv, compute.target)
     model, place = compute.model, compute.place
     hidden, kv, chosen = decoder.hidden_states(model, params, tokens, positions, kv, view, attend, place)
-    return kv, hidden, expert_load(model, chosen, view.is_live) if model.experts else None
+    return kv, hidden, place.total(expert_load(model, chosen, view.is_live)) if model.experts else None
 
 
 def expert_load(model: ModelConfig, chosen: tuple[Array, ...], is_live: Array) -> Array:

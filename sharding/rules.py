@@ -25,8 +25,9 @@ import yaml
 
 from sharding.shards import Axis, Shards
 
-LOGICAL_AXES = ("vocab", "embed", "kv_heads", "q_heads", "head_dim", "mlp", "experts", "expert_mlp")
+LOGICAL_AXES = ("requests", "vocab", "embed", "kv_heads", "q_heads", "head_dim", "mlp", "experts", "expert_mlp")
 UNCUT = ("embed", "head_dim")  # a cut there would need a sum after every layer's first product
+PER_REQUEST = ("vocab", "kv_heads", "q_heads")  # computed by each group of requests for itself
 REPLICABLE = ("kv_heads",)  # a copy still has query heads of its own to serve; of others it would do the same work
 MAX_BYTES = 64 << 10
 MAX_DEVICES = 1 << 20
@@ -74,17 +75,22 @@ class Strategy:
         mesh = self._filled(num_devices)
         found: dict[str, tuple[str, ...]] = {}
         copies: dict[str, int] = {}
-        for logical in sizes:
+        for logical, its_sizes in {"requests": (), **sizes}.items():
             rules = [rule for rule in self.rules if rule.logical == logical]
             for rule in rules:
-                held_by = rule.copies(sizes[logical], math.prod(mesh[axis] for axis in rule.mesh_axes))
+                held_by = rule.copies(its_sizes, math.prod(mesh[axis] for axis in rule.mesh_axes))
                 if held_by is not None:
                     found[logical] = tuple(axis for axis in rule.mesh_axes if mesh[axis] > 1)
                     copies[logical] = held_by
                     break
             else:
                 if rules:
-                    raise ShardingError(self._nothing_divides(rules, sizes[logical], mesh))
+                    raise ShardingError(self._nothing_divides(rules, its_sizes, mesh))
+        for logical in PER_REQUEST:
+            shared = set(found.get(logical, ())) & set(found.get("requests", ()))
+            if shared:
+                raise ShardingError(f"sharding {self.name}: {logical} cannot be cut over {', '.join(shared)}: "
+                                    "requests are divided there, and each group needs all of it")  # fmt: skip
         return Shards(
             tuple(Axis(*axis) for axis in mesh.items()),
             tuple((k, v) for k, v in found.items() if v),

@@ -36,6 +36,11 @@ class Shards:
         """Parts that the logical axis is in."""
         return self.parts(self.axes(logical))
 
+    @property
+    def num_groups(self) -> int:
+        """Into which requests are divided, with slots and pages of their own."""
+        return self.count("requests")
+
     def num_copies(self, logical: str) -> int:
         """Parts that hold the same element of the logical axis."""
         return dict(self.copies).get(logical, 1)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 # Host bookkeeping: tested in milliseconds, on a machine without JAX.
 NO_JAX = {
     *(f"engine.{name}" for name in ("request", "errors", "json_file", "config", "stats", "sequence", "hosts")),
-    *(f"engine.{name}" for name in ("pages", "checkpoints", "prefix_cache", "scheduler", "policy")),
+    *(f"engine.{name}" for name in ("pages", "checkpoints", "prefix_cache", "scheduler", "groups", "policy")),
     *(f"engine.pooling.{name}" for name in ("config", "request")),
     "server.cli",
     "server.options",

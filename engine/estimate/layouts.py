@@ -90,6 +90,8 @@ class Layout:
 def judged(options: EngineOptions, model: ModelConfig, topology: Topology, question: Question) -> Layout:
     """By the count alone. Raises InvalidParam or ModelError where the sharding does not fit the model."""
     config = planned_config(options, model, topology.device)
+    if config.num_groups > 1:
+        raise InvalidParam("sharding", f"{options.sharding} divides requests into groups, which is not counted yet")
     asked = question.resolved(config)
     context = asked.context or CONTEXT
     rates = topology.chip.has_rates

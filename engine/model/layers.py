@@ -72,6 +72,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 
 def gated_mlp(x: Array, weights: Params, activation: str, block: int, place: Place) -> Array:
     """down(act(gate(x)) * up(x)); x is [tokens, embed]; gate and up stand in turns of `block` columns."""
+    x = place.all_tokens(x, "mlp")
     gate_up = linear(x, weights["gate_up"], place.target)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)

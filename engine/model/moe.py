@@ -26,6 +26,7 @@ def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, pl
 
     Where experts are cut, each device computes those that it has, for every token.
     """
+    x = place.all_tokens(x, "experts", "expert_mlp")
     tokens, k = x.shape[0], experts.per_token
     here = experts.num_experts // place.count("experts")
     weight, chosen = route(experts, x, weights)
@@ -46,7 +47,7 @@ def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, pl
     out = out[back].reshape(tokens, k, -1).astype(jnp.float32)
     weight = jnp.where(expert.reshape(tokens, k) < here, weight, 0)
     total = jnp.sum(out * weight[:, :, None], axis=1).astype(x.dtype)
-    return place.sum(total, "experts", "expert_mlp"), chosen
+    return place.sum(total, "experts", "expert_mlp"), place.own_tokens(chosen, "experts", "expert_mlp")
 
 
 def _grouped(x: Array, w: Array | Quantized, sizes: Array, target: Target) -> Array:

@@ -148,7 +148,7 @@ def test_configure_fills_one_slot_and_no_other(vocab: int) -> None:
     layout = configure_layout(CONFIG, vocab)
     before: Slots = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), slots_shape(6, 16, vocab))
     after = jax.jit(lambda s, v: steps.configure(layout, s, v))(
-        before, jnp.asarray(build_configure(layout, seq, vocab))
+        before, jnp.asarray(build_configure(CONFIG, layout, seq, vocab))
     )
     for name in ("output_counts", "prompt_seen", "bias_ids", "bias_values", "allowed_bits"):
         old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))

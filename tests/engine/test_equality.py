@@ -94,7 +94,7 @@ def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
             engine.abort(rng.choice(clients).request.request_id)
         if to_come:
             checked_step(engine)
-    assert not engine.outbox and not engine.scheduler.cache.pool.num_held
+    assert not engine.outbox and not engine.scheduler.num_held_pages
     for client in clients:
         assert set(client.finished) == set(range(client.request.params.n)), "every choice has one ending"
         for index, reason in client.finished.items():

@@ -81,7 +81,7 @@ def device_state(rows: list[Row], vocab: int) -> tuple[Array, Slots, Array, Samp
     layout = configure_layout(CONFIG, vocab)
     seqs = [r.sequence(CONFIG.max_num_seqs - 1 - i) for i, r in enumerate(rows)]
     for seq in seqs:
-        slots = _configure(vocab, slots, jnp.asarray(build_configure(layout, seq, vocab)))
+        slots = _configure(vocab, slots, jnp.asarray(build_configure(CONFIG, layout, seq, vocab)))
     values = [sampling_row(seq) for seq in seqs]
     dtypes = {name: np.asarray(leaf).dtype for name, leaf in vars(slots.sampling).items()}
     fields = {name: jnp.asarray(np.asarray([v[name] for v in values], dtypes[name])) for name in values[0]}

@@ -192,7 +192,8 @@ def check_device_tables(engine: Engine) -> None:
     assert isinstance(runner, Runner)
     structure = jax.tree.structure(slots_of(runner.model, runner.config))
     slots = jax.tree.unflatten(structure, list(runner._slots))
-    rows = np.asarray(slots.block_tables)[[seq.slot for seq in running]]
+    first = runner.config.max_num_seqs + 1  # rows of a group
+    rows = np.asarray(slots.block_tables)[[first * seq.group + seq.slot for seq in running]]
     sent = [seq.num_sent_pages for seq in running]
     check_block_tables(rows, np.asarray(sent) * size, engine.config.num_pages, size)
     for seq, row in zip(running, rows, strict=True):

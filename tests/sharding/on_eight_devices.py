@@ -74,12 +74,18 @@ COLLECTIVES = [
     pytest.param("experts", "tp", TWO_A_LAYER, marks=slow),
     pytest.param("experts", "ep", TWO_A_LAYER),
     pytest.param("latent", "tp", TWO_A_LAYER, marks=slow),
+    # Besides, in each layer, tokens are gathered and given back, and once it is asked whether any group goes on.
+    pytest.param("dense", "dp-attention", {"all-reduce": 1 + 2 * 3 + 1, "all-gather": 1 + 2, "reduce-scatter": 2}),
+    pytest.param("experts", "tp-dp", {"all-reduce": 1 + 2 * 2 + 2, "all-gather": 1}, marks=slow),
     pytest.param("grouped", "tp-replicated", {"all-reduce": 1 + 2 * 3, "all-gather": 1}, marks=slow),
 ]
 MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED}
 CASES = [
     pytest.param("dense", "tp", marks=slow),
     pytest.param("grouped", "tp-replicated"),
+    pytest.param("dense", "dp-attention"),
+    *(pytest.param(kind, "dp-attention", marks=slow) for kind in ("experts", "latent")),
+    pytest.param("experts", "tp-dp", marks=slow),
     pytest.param("experts", "tp-ep", marks=slow),
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),
 ]
@@ -148,7 +154,8 @@ def test_collectives_of_a_decode_step(kind: str, strategy: str, expected: dict[s
     program = step_program(model, config, StepKey(0, 6), mesh_of(config.shards))
     text = compile_one(program, NoProgramCache()).compiled.as_text() or ""
     found = {
-        name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in ("all-reduce", "all-gather", "all-to-all")
+        name: len(re.findall(rf" {name}(?:-start)?\(", text))
+        for name in ("all-reduce", "all-gather", "all-to-all", "reduce-scatter")
     }
     assert {name: count for name, count in found.items() if count} == expected
 

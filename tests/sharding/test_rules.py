@@ -44,6 +44,15 @@ def test_the_first_rule_that_divides_wins() -> None:
     assert shards.axes("vocab") == ("a",) and shards.axes("kv_heads") == ()
 
 
+def test_requests_are_divided_over_an_axis_of_their_own() -> None:
+    shards = load_strategy("dp-attention").shards(LLAMA, 8)
+    assert shards.num_groups == 4 and shards.count("kv_heads") == 2 and shards.count("mlp") == 8
+    assert load_strategy("tp-dp").shards(LLAMA, 8).count("mlp") == 2
+    text = "mesh: {a: 2}\nrules:\n- requests: a\n- vocab: a\n"
+    with pytest.raises(ShardingError, match="vocab cannot be cut over a: requests are divided there"):
+        parse_strategy("mine", text).shards(LLAMA, 2)
+
+
 def test_replication_is_a_stated_choice() -> None:
     shards = load_strategy("tp-replicated").shards(LLAMA, 16)
     assert shards.count("kv_heads") == 16 and shards.copies == (("kv_heads", 2),)

@@ -1,0 +1,99 @@
+"""Several groups of devices under one engine, each with its own slots, pages and requests (data-parallel attention).
+
+One `Scheduler` a group; a step is one program for all of them, so that they decode or prefill together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from engine.config import EngineConfig
+from engine.plan import StepPlan, StepResult
+from engine.prefix_cache import PrefixCache
+from engine.request import Request, TokenEvent
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.stats import Counters
+
+
+class GroupedScheduler:
+    """The schedulers of all groups behind the face of one; a request goes to the group that has least to do."""
+
+    def __init__(self, config: EngineConfig, counters: Counters) -> None:
+        self.groups = [Scheduler(config, counters, group) for group in range(config.num_groups)]
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return [seq for group in self.groups for seq in group.waiting]
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [seq for group in self.groups for seq in group.running]
+
+    @property
+    def num_held_pages(self) -> int:
+        return sum(group.num_held_pages for group in self.groups)
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Of the first group: research borrows pages there."""
+        return self.groups[0].cache
+
+    def sequences(self) -> Iterator[Sequence]:
+        return itertools.chain.from_iterable(group.sequences() for group in self.groups)
+
+    def validate(self, request: Request) -> int:
+        return self.groups[0].validate(request)
+
+    def add(self, request: Request) -> None:
+        """All choices of a request stay together: they share their prompt's pages."""
+        min(self.groups, key=lambda group: (len(group.running) + len(group.waiting), group.num_held_pages)).add(request)
+
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        return [event for group in self.groups for event in group.abort(request_id)]
+
+    def end(self, request_id: str, index: int) -> None:
+        for group in self.groups:
+            group.end(request_id, index)
+
+    def plan(self) -> StepPlan | None:
+        """The next step of all groups; where one has prompts to compute, the others' rows ride along."""
+        mixed = any(group.has_prompts for group in self.groups)
+        plans = [plan for group in self.groups if (plan := group.plan(mixed)) is not None]
+        if not plans:
+            return None
+        parts = ((plan.prefill_rows, plan.decode_rows, plan.admitted) for plan in plans)
+        return StepPlan(*(tuple(itertools.chain.from_iterable(rows)) for rows in zip(*parts, strict=True)))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        events = []
+        for index, group in enumerate(self.groups):
+            prefill = [i for i, row in enumerate(plan.prefill_rows) if row.seq.group == index]
+            decode = [i for i, row in enumerate(plan.decode_rows) if row.seq.group == index]
+            of_group = StepResult(
+                tuple(result.prefill[i] for i in prefill),
+                tuple(result.decode[i] for i in decode),
+                tuple(result.prompt_logprobs[i] for i in prefill),
+            )
+            events += group.commit(plan.of_group(index), of_group)
+        return events
+
+    def fail_all(self, message: str) -> list[TokenEvent]:
+        return [event for group in self.groups for event in group.fail_all(message)]
+
+    def check_capacity(self, config: EngineConfig) -> None:
+        for group in self.groups:
+            group.check_capacity(config)
+
+    def restart(self, config: EngineConfig) -> None:
+        for group in self.groups:
+            group.restart(config)
+
+    def check(self) -> None:
+        for group in self.groups:
+            group.check()
+
+
+def scheduler_of(config: EngineConfig, counters: Counters) -> Scheduler | GroupedScheduler:
+    return Scheduler(config, counters) if config.num_groups == 1 else GroupedScheduler(config, counters)
