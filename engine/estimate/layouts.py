@@ -155,7 +155,7 @@ def searched(
                 layout = judged(changed, model, topology, question)
             except (InvalidParam, ModelError):  # sizes that do not divide
                 continue
-            if layout.fits and not any(layout.config == other.config for other in found):
+            if layout.fits and all((layout.topology, layout.config) != (o.topology, o.config) for o in found):
                 found.append(layout)
     return sorted(found, key=lambda layout: merit(layout, goal), reverse=True)
 
