@@ -39,6 +39,9 @@ def jitted(
     return jax.jit(partial(attention, layout=layout, target=target, scale=scale, softcap=softcap, window=window))
 
 
+packed_rows = jax.jit(pack_rows, static_argnums=2)  # one program a case: op by op it was dozens
+
+
 @dataclass
 class Call:
     """A case filled with numbers: what goes in, and for each token the dense answer."""
@@ -135,15 +138,15 @@ def fill(case: Case, target: Target = CPU) -> Call:
     q = np.full((case.num_tokens, case.q_heads, case.head_dim), np.nan, np.float32)
     sinks = rng.normal(size=case.q_heads).astype(np.float32) + 1 if case.sinks else None
     expected = np.full((case.num_tokens, case.q_heads, layout.result_dim), np.nan, np.float32)
-    starts, start = [], 0
+    starts, start, first = [], 0, 0
+    dtype = jnp.dtype(case.dtype)
+    k, v = (rng.normal(size=(sum(case.lengths), case.kv_heads, case.head_dim)).astype(dtype) for _ in range(2))
+    packed = np.asarray(packed_rows(jnp.asarray(k), None if layout.latent else jnp.asarray(v), layout))
     call = Call(case, target, jnp.zeros(()), jnp.zeros(()), tables, sinks, expected, np.zeros(()))
     for row, length in enumerate(case.lengths):
         tables[row, : counts[row]] = [next(ids) for _ in range(counts[row])]
-        k, v = (
-            jnp.asarray(rng.normal(size=(length, case.kv_heads, case.head_dim)), jnp.dtype(case.dtype))
-            for _ in range(2)
-        )
-        rows = np.asarray(pack_rows(k, None if layout.latent else v, layout))
+        rows = packed[first : first + length]
+        first += length
         for position in range(length):
             pages[tables[row, position // case.page_size], position % case.page_size] = rows[position]
         kv = stored(rows, layout)
@@ -152,10 +155,10 @@ def fill(case: Case, target: Target = CPU) -> Call:
         starts.append(start)
         for i in range(count):
             at = (row if case.queries is None else start) + i
-            q[at] = np.asarray(jnp.asarray(2 * rng.normal(size=q[at].shape), case.dtype), np.float32)
+            q[at] = (2 * rng.normal(size=q[at].shape)).astype(dtype).astype(np.float32)
             expected[at] = dense(q[at], keys, values, length - count + i, case, call.scale, sinks)
         start += count
-    call.q, call.pages = jnp.asarray(q, case.dtype), jnp.asarray(pages)
+    call.q, call.pages = jnp.asarray(q.astype(dtype)), jnp.asarray(pages)
     call.starts = np.asarray(starts, np.int32)
     return call
 
