@@ -70,7 +70,7 @@ slow = pytest.mark.slow
 # at once, which takes one more.
 TWO_A_LAYER = {"all-reduce": 1 + 2 * 2, "all-gather": 1}
 COLLECTIVES = [
-    pytest.param("dense", "tp", {"all-reduce": 1 + 2 * 3, "all-gather": 1}),
+    pytest.param("dense", "tp", {"all-reduce": 1 + 2 * 3, "all-gather": 1}, marks=slow),
     pytest.param("experts", "tp", TWO_A_LAYER, marks=slow),
     pytest.param("experts", "ep", TWO_A_LAYER),
     pytest.param("latent", "tp", TWO_A_LAYER, marks=slow),
@@ -82,7 +82,7 @@ COLLECTIVES = [
 MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED}
 CASES = [
     pytest.param("dense", "tp", marks=slow),
-    pytest.param("grouped", "tp-replicated"),
+    pytest.param("grouped", "tp-replicated", marks=slow),  # whose tokens the resharding below sees
     pytest.param("dense", "dp-attention"),
     *(pytest.param(kind, "dp-attention", marks=slow) for kind in ("experts", "latent")),
     pytest.param("experts", "tp-dp", marks=slow),
