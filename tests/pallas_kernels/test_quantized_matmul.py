@@ -207,7 +207,7 @@ def test_declines_name_the_numbers(change: dict[str, Any], platform: Any, chip: 
 
 def test_platforms_get_their_kernel() -> None:
     spec = MatmulSpec(8, 256, 256, "bfloat16", "int8", 256)
-    assert [c.name for c in CANDIDATES] == ["tpu", "gpu", "reference"]
+    assert [c.name for c in CANDIDATES] == ["tpu", "gpu", "cpu", "reference"]
     for platform, chips in AOT_CHIPS.items():
         for chip in chips:
             assert choice(spec, Target(platform, chip)).implementation.name == platform  # type: ignore[arg-type]
