@@ -27,6 +27,11 @@ from engine.programs import compute_of, local_shapes
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.quantized import Quantized
 
+EXPERT_AXES = ("experts", "expert_mlp")
+# Products that see the tokens of all groups of requests over which their layer's weights are cut.
+SEES_ALL = {
+    **dict.fromkeys(("gate_up", "down", "shared_gate_up", "shared_down"), ("mlp",)), "router": EXPERT_AXES,
+}  # fmt: skip
 VECTORS = ("conv",)  # two dimensions, and no matrix
 LOGITS_PASSES = 3  # one write; one read to see that they are finite, one to draw
 
@@ -57,7 +62,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a step program, or one turn of its loop: tokens that are computed, rows that draw, and for whom."""
+    """One call of a step program, or one turn of its loop: tokens that are computed, rows that draw, and for whom.
+
+    Of one group of requests, the fullest; the others go along with as many tokens.
+    """
 
     tokens: int
     drawn: int
@@ -107,10 +115,11 @@ class Count:
 
 def decode_step(config: EngineConfig, batch: int, context: int) -> Step:
     """One token of each of `batch` sequences of `context` tokens, it included. ValueError over max_num_seqs."""
-    rows = next((rows for rows in config.decode_buckets if rows >= batch), None)
+    each = -(-batch // config.num_groups)
+    rows = next((rows for rows in config.decode_buckets if rows >= each), None)
     if rows is None:
-        raise ValueError(f"a batch of {batch}; at most {config.max_num_seqs} sequences run at once")
-    return Step(rows, rows, (Span(1, context - 1, batch),))
+        raise ValueError(f"a batch of {batch}; at most {config.num_groups * config.max_num_seqs} sequences run at once")
+    return Step(rows, rows, (Span(1, context - 1, each),))
 
 
 def prefill_steps(config: EngineConfig, length: int) -> list[Step]:
@@ -171,7 +180,7 @@ class _Counter:
                 continue
             yield Count(weight_bytes=_bytes(weight))
             if len(weight.shape) == 2 and name not in VECTORS:
-                yield self._product(weight, self.step.tokens, *weight.shape)
+                yield self._product(weight, self._tokens(*SEES_ALL.get(name, ())), *weight.shape)
         yield self._recurrence() if spec.recurrent else self._attention(spec)
         heads = "kv_heads" if self.model.latent is None else "q_heads"
         if not spec.recurrent:
@@ -179,9 +188,9 @@ class _Counter:
         if self.model.qk_norm == "full" and not spec.recurrent:  # squares of queries, and of keys
             yield Count(collectives=2 * self._sum(heads, 4))
         if spec.ffn == "experts":
-            yield Count(collectives=self._sum(("experts", "expert_mlp")))
+            yield Count(collectives=self._gathered(*EXPERT_AXES))
         if spec.ffn == "gated" or "shared_down" in weights:
-            yield Count(collectives=self._sum("mlp"))
+            yield Count(collectives=self._gathered("mlp"))
 
     def _product(self, weight: Any, tokens: float, rows: int, columns: int) -> Count:
         """Of activations [tokens, rows] with a matrix; its own bytes are counted elsewhere."""
@@ -198,11 +207,12 @@ class _Counter:
         experts = self.model.experts
         if experts is None:
             raise ValueError("the config has no experts")
-        missed = (1 - experts.per_token / experts.num_experts) ** self.step.tokens
+        tokens = self._tokens(*EXPERT_AXES)
+        missed = (1 - experts.per_token / experts.num_experts) ** tokens
         read = Count(weight_bytes=_bytes(weight) * (1 - missed))
         if len(weight.shape) != 3:
             return read
-        rows = self.step.tokens * experts.per_token / self.shards.count("experts")
+        rows = tokens * experts.per_token / self.shards.count("experts")
         return read + self._product(weight, rows, *weight.shape[1:])
 
     def _attention(self, spec: LayerSpec) -> Count:
@@ -237,12 +247,30 @@ class _Counter:
         flops = self.step.tokens * (4.0 * state + 2.0 * sizes.conv_width * sizes.conv_channels)
         return Count((("float32", flops),), cache_bytes=2.0 * sequences * (4 * state + window))
 
-    def _sum(self, logical: str | tuple[str, ...], token_bytes: int | None = None) -> tuple[Collective, ...]:
-        """Of activations [tokens, hidden] over the mesh axes of logical axes."""
-        names = (logical,) if isinstance(logical, str) else logical
-        axes = tuple(dict.fromkeys(axis for name in names for axis in self.shards.axes(name)))
+    def _sum(self, logical: str, token_bytes: int | None = None) -> tuple[Collective, ...]:
+        """Of activations [tokens, hidden] over the mesh axes of a logical axis."""
+        axes = self.shards.axes(logical)
         size = self.model.hidden_size * self.item if token_bytes is None else token_bytes
         return (Collective("all-reduce", axes, float(self.step.tokens * size)),) if axes else ()
+
+    def _gathered(self, *logical: str) -> tuple[Collective, ...]:
+        """Around a layer's MLP: the groups' tokens before it, and sums after it, of which each group gets its own."""
+        groups = self._groups(*logical)
+        axes = tuple(dict.fromkeys(axis for name in logical for axis in self.shards.axes(name) if axis not in groups))
+        size = float(self._tokens(*logical) * self.model.hidden_size * self.item)
+        sums = (Collective("all-reduce", axes, size),) if axes else ()
+        if not groups:
+            return sums
+        return (Collective("all-gather", groups, size), *sums, Collective("reduce-scatter", groups, size))
+
+    def _groups(self, *logical: str) -> tuple[str, ...]:
+        """Mesh axes of groups of requests over which a weight is cut too: see `Place.all_tokens`."""
+        cut = {axis for name in logical for axis in self.shards.axes(name)}
+        return tuple(axis for axis in self.shards.axes("requests") if axis in cut)
+
+    def _tokens(self, *logical: str) -> int:
+        """That a product with a weight of these axes sees on each device."""
+        return self.step.tokens * self.shards.parts(self._groups(*logical))
 
 
 def _bytes(weight: Any) -> int:

@@ -83,7 +83,10 @@ def _collective(line: str, mesh: Sequence[tuple[str, int]]) -> Collective | None
     if call["start"] and call["kind"] in ("all-gather", "collective-permute"):
         shapes = shapes[1:2]  # (operand, result, ...)
     kind: Kind = next(kind for kind in get_args(Kind) if kind == call["kind"])
-    return Collective(kind, _axes(line, mesh), float(sum(_bytes(*shape) for shape in shapes)))
+    axes = _axes(line, mesh)
+    # The text has what a device is left with; `Collective` has what all of them had.
+    parts = math.prod(dict(mesh)[axis] for axis in axes) if kind == "reduce-scatter" else 1
+    return Collective(kind, axes, float(parts * sum(_bytes(*shape) for shape in shapes)))
 
 
 def _bytes(dtype: str, sizes: str) -> float:

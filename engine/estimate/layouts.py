@@ -36,7 +36,7 @@ class Question:
 
     def resolved(self, config: EngineConfig) -> Question:
         """With defaults, for one layout. Raises InvalidParam for what it cannot run."""
-        longest, seqs = config.max_model_len, config.max_num_seqs
+        longest, seqs = config.max_model_len, config.num_groups * config.max_num_seqs
         for name, values, most in (("prompt", self.prompts, longest), ("batch", self.batches, seqs)):
             wrong = next((value for value in values if not 1 <= value <= most), None)
             if wrong is not None:
@@ -90,12 +90,10 @@ class Layout:
 def judged(options: EngineOptions, model: ModelConfig, topology: Topology, question: Question) -> Layout:
     """By the count alone. Raises InvalidParam or ModelError where the sharding does not fit the model."""
     config = planned_config(options, model, topology.device)
-    if config.num_groups > 1:
-        raise InvalidParam("sharding", f"{options.sharding} divides requests into groups, which is not counted yet")
     asked = question.resolved(config)
     context = asked.context or CONTEXT
     rates = topology.chip.has_rates
-    largest = count_step(model, config, decode_step(config, config.max_num_seqs, context))
+    largest = count_step(model, config, decode_step(config, config.num_groups * config.max_num_seqs, context))
     found = Layout(
         options=options,
         model=model,

@@ -21,7 +21,7 @@ Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of call on one device. bytes: of the whole sum, or of what was gathered."""
+    """One kind of call on one device. bytes: of the whole sum, or of what was gathered or is to be scattered."""
 
     kind: Kind
     axes: tuple[str, ...]

@@ -28,6 +28,7 @@ class Holding:
     page: int  # of one page in all layers
     page_size: int  # tokens
     pages: int  # that the rest has room for, at most as many as are of use
+    groups: int = 1  # of requests, each with pages of its own on its devices
 
     @property
     def held(self) -> int:
@@ -40,12 +41,12 @@ class Holding:
 
     @property
     def tokens(self) -> int:
-        """That the cache has room for."""
-        return self.pages * self.page_size
+        """That the cache has room for, of all groups."""
+        return self.groups * self.pages * self.page_size
 
     def sequences(self, length: int) -> int:
         """Of so many tokens that the cache has room for."""
-        return self.pages // -(-length // self.page_size)
+        return self.groups * (self.pages // -(-length // self.page_size))
 
 
 def holding(
@@ -60,7 +61,17 @@ def holding(
     except CapacityError:
         pages = 0
     slots = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots_of(model, config)))
-    return Holding(usable_bytes(device), held - slots - states, slots, states, temporary, page, config.page_size, pages)
+    return Holding(
+        usable_bytes(device),
+        held - slots - states,
+        slots,
+        states,
+        temporary,
+        page,
+        config.page_size,
+        pages,
+        config.num_groups,
+    )
 
 
 def fits(found: Holding, config: EngineConfig) -> bool:

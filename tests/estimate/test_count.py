@@ -78,6 +78,26 @@ def test_experts_over_devices_share_the_rows() -> None:
     assert apart.all_flops == cut.all_flops and apart.weight_bytes == pytest.approx(cut.weight_bytes)
 
 
+def test_groups_of_requests_attend_for_themselves() -> None:
+    """Four groups of 32 rows, each on two devices that halve its attention; MLPs see the tokens of all."""
+    config = config_of(LLAMA, V6E, sharding="dp-attention")
+    assert config.num_groups == 4 and config.max_num_seqs == 64
+    found = count_step(LLAMA, config, decode_step(config, 128, 2048))
+    qkv_and_o = 80 * (8192 * 80 * 128 + 8192 * 8192) // 2
+    attention = 80 * 32 * 32 * 2048 * 4 * 128
+    mlp = 80 * 3 * 8192 * 28672 // 8
+    head = 128256 * 8192 // 2
+    assert found.all_flops == 2.0 * (32 * (qkv_and_o + head) + 128 * mlp) + attention
+    every, own = 128 * 8192 * 2, 32 * 8192 * 2
+    assert merged(found.collectives) == [
+        Collective("all-reduce", ("tensor",), own, 81),
+        Collective("all-gather", ("tensor",), 32 * 128256 * 4, 1),
+        Collective("all-gather", ("data",), every, 80),
+        Collective("all-reduce", ("tensor",), every, 80),
+        Collective("reduce-scatter", ("data",), every, 80),
+    ]
+
+
 def test_prompts_come_in_chunks() -> None:
     config = config_of(LLAMA, V6E, sharding="tp", max_num_batched_tokens=1024)
     steps = prefill_steps(config, 2100)

@@ -70,5 +70,11 @@ def test_calls_count_as_often_as_they_run(groups: str) -> None:
     assert found.branches == (Collective("all-gather", axes, 6 * 8 * 4),)
 
 
+def test_what_is_scattered_is_told_whole() -> None:
+    line = "  %mine = bf16[3,32]{1,0} reduce-scatter(%x), replica_groups={{0,4},{1,5}}, dimensions={0}, to_apply=%sum\n"
+    found = collectives_of("ENTRY %main (x: bf16[6,32]) -> bf16[3,32] {\n" + line + "}\n", MESH)
+    assert found.always == (Collective("reduce-scatter", ("expert",), 6 * 32 * 2),)
+
+
 def test_a_program_without_any() -> None:
     assert collectives_of(MODULE.split("ENTRY")[0], MESH).always == ()
