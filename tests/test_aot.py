@@ -167,8 +167,9 @@ def meshed_cases() -> Iterator[Any]:
                 yield pytest.param(name, kind, chip, "tp", options, marks=marks, id=f"{name}-tp-{kind}-{chip}")
     for chip in ("v6e:2x2", "h200:4"):
         for kind in KEYS:
-            case = ("qwen3-30b-a3b", kind, chip, "ep", {})
-            yield pytest.param(*case, marks=[pytest.mark.slow], id=f"qwen3-30b-a3b-ep-{kind}-{chip}")
+            for sharding in ("ep", "dp-attention"):
+                case = ("qwen3-30b-a3b", kind, chip, sharding, {})
+                yield pytest.param(*case, marks=[pytest.mark.slow], id=f"qwen3-30b-a3b-{sharding}-{kind}-{chip}")
 
 
 @pytest.mark.aot
