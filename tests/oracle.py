@@ -23,13 +23,16 @@ from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
 from pallas_kernels.ssd.api import SSDInput
 
 
+SHORTEST = 256  # tokens of a forward; padding costs less than compiling another
+
+
 def naive_logits(config: ModelConfig, params: dict, token_ids: Sequence[int], kv: KVLayout | None = None) -> np.ndarray:
-    """float32 [tokens, vocab]: logits after every token. Lengths are padded to powers of two for jit.
+    """float32 [tokens, vocab]: logits after every token. One program up to SHORTEST, then one a power of two.
 
     kv: keys and values are seen as a quantized cache of that layout keeps them.
     """
     length = len(token_ids)
-    tokens = np.zeros(max(16, 1 << (length - 1).bit_length()), np.int32)
+    tokens = np.zeros(max(SHORTEST, 1 << (length - 1).bit_length()), np.int32)
     tokens[:length] = token_ids
     return np.asarray(_forward(config, kv, params, tokens)[0])[:length]
 
