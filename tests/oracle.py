@@ -22,7 +22,6 @@ from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
 from pallas_kernels.ssd.api import SSDInput
 
-
 SHORTEST = 256  # tokens of a forward; padding costs less than compiling another
 
 

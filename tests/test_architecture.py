@@ -46,6 +46,7 @@ FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
 MAY_READ_ENVIRONMENT = {
     "engine.config",  # the cache folder
     "engine.hosts",  # LeaderWorkerSet says there who takes part
+    "pallas_kernels.native.build",  # CXX names the compiler, as for every build; nothing at run time
     "sharding.topology",  # libtpu takes the chip to compile for from there, and from nowhere else
     "engine.executables",  # XLA's own flags are part of the key of a compiled program
 }
