@@ -180,20 +180,22 @@ def forward(
     attend = Memory(compute.kv, compute.target)
     model, place = compute.model, compute.place
     hidden, kv, chosen = decoder.hidden_states(model, params, tokens, positions, kv, view, attend, place)
-    return kv, hidden, place.total(expert_load(model, chosen, view.is_live)) if model.experts else None
+    return kv, hidden, place.total(expert_load(model, chosen, view.is_live)) if chosen else None
 
 
 def expert_load(model: ModelConfig, chosen: tuple[Array, ...], is_live: Array) -> Array:
     """int32 [layers with experts, experts]: tokens that chose each, those of idle rows and padding left out."""
+    count = model.experts.num_experts if model.experts else 0
     experts = jnp.stack(chosen)
     one = jnp.broadcast_to(is_live.astype(jnp.int32)[None, :, None], experts.shape)
     layer = jnp.arange(len(chosen), dtype=jnp.int32)[:, None, None]
-    return _no_load(model).at[layer, experts].add(one)
+    return jnp.zeros((len(chosen), count), jnp.int32).at[layer, experts].add(one)
 
 
-def _no_load(model: ModelConfig) -> Array:
+def _no_load(model: ModelConfig) -> Array | None:
+    """None: no layer has experts."""
     layers = sum(layer.ffn == "experts" for layer in model.layers)
-    return jnp.zeros((layers, model.experts.num_experts if model.experts else 0), jnp.int32)
+    return jnp.zeros((layers, model.experts.num_experts), jnp.int32) if model.experts and layers else None
 
 
 def prefill_rows(batch: dict[str, Array]) -> PrefillRows:
@@ -246,7 +248,7 @@ def empty_output(model: ModelConfig, rows: int, steps: int) -> StepOutput:
         logprobs=jnp.zeros((rows, steps), jnp.float32),
         top_ids=jnp.zeros(wide, jnp.int32),
         top_logprobs=jnp.zeros(wide, jnp.float32),
-        expert_tokens=_no_load(model) if model.experts else None,
+        expert_tokens=_no_load(model),
     )
 
 
