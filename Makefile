@@ -36,7 +36,7 @@ bench-startup: $(VENV)/.installed-bench ## seconds from process start to ready, 
 # In an environment of its own: two gigabytes of compilers that serving on a CPU must not load.
 aot: ## compile the step programs for one TPU and one GPU, with neither at hand
 	$(MAKE) VENV=.venv-aot .venv-aot/.installed-aot
-	.venv-aot/bin/python -m pytest -q -m "aot and not slow" $(PARALLEL) --durations=10 $(ARGS)
+	.venv-aot/bin/python -m pytest -q -m "aot and not slow" $(subst loadfile,worksteal,$(PARALLEL)) --durations=10 $(ARGS)
 
 aot-all: ## the same for every shape and chip that the tests know (hours on two cores); writes docs/aot.md
 	$(MAKE) VENV=.venv-aot .venv-aot/.installed-aot

@@ -1,6 +1,8 @@
 """Compiles the kernels next to their source: `python -m pallas_kernels.native.build`, or the package's own build.
 
 Every instruction set of the machine's kind is compiled; which one runs is chosen while running.
+`xla/ffi/api` is XLA's own, from jaxlib 0.11.2, the oldest that we run on: XLA takes kernels made
+for an older interface and refuses those for a newer one.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import jaxlib
 
 SOURCE = Path(__file__).parent
 LANES = {"avx2": 8, "avx512": 16, "vector": 4}
@@ -30,9 +30,8 @@ def build(target: Path) -> None:
     if compiler is None:
         raise NotBuilt("no C++ compiler found (c++, g++ or clang++; or name one in CXX)")
     isas = ["avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["vector"]
-    headers = Path(jaxlib.__file__).parent / "include"
     with tempfile.TemporaryDirectory() as folder:
-        objects = [_compile(compiler, "native.cc", Path(folder) / "native.o", [f"-isystem{headers}"])]
+        objects = [_compile(compiler, "native.cc", Path(folder) / "native.o", [f"-isystem{SOURCE}"])]
         for isa in isas:
             defined = [f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
             objects.append(_compile(compiler, "kernels.cc", Path(folder) / f"{isa}.o", [*FLAGS[isa], *defined]))

@@ -143,6 +143,7 @@ def test_expert_load_counts_the_tokens_of_sequences_alone() -> None:
     assert found is not None and np.array_equal(found - before, wanted)
 
 
+@pytest.mark.slow  # nothing else of the short run compiles this kind
 def test_the_oracle_sees_a_quantized_cache() -> None:
     w = world("packed")
     kept = naive_logits(w.model, w.params, range(60), compute_of(w.model, w.config).kv)
