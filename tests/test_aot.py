@@ -232,9 +232,9 @@ def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
 def test_the_check_sees_a_second_pool() -> None:
     """Without donation the same program must hold the pool twice."""
     model = first_layers(SMOLLM2, 2)
-    config = config_for(model, "v6e:2x2")
+    config = config_for(model, "h200:1")
     program = replace(step_program(model, config, KEYS["decode"]), donated=())
-    memory = compile_for("v6e:2x2", program)
+    memory = compile_for("h200:1", program)
     pool = config.num_pages * page_bytes(model, config)
     assert memory.aliased < pool and memory.outputs >= pool
 
