@@ -1,6 +1,6 @@
 """The default model with the compiled CPU kernels and with XLA's products, in turn in one process.
 
-    python -m benchmarks.cpu_kernels [--streams 1 4 16] [--rounds 5]
+    python -m benchmarks.native_kernels [--streams 1 4 16] [--rounds 5]
 
 128 tokens in, 64 out, greedy, offline. Wall time says what a user gets on a machine of one's own;
 processor time a token is also good on a machine that others use. Results go to
@@ -76,7 +76,9 @@ def main() -> None:
     shown = [[r["setting"], r["streams"], f"{r['tokens_per_s']:.1f}", f"{r['cpu_ms_per_token']:.1f}"] for r in rows]
     print(table(["setting", "streams", "tokens/s", "CPU ms a token"], shown))
     facts = {"instruction_set": library().isa, "rounds": args.rounds, "versions": versions("jax", "jaxlib")}
-    finish("cpu-kernels", "cpu", facts | {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS, "rows": rows})
+    finish(
+        "native-kernels", "cpu", facts | {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS, "rows": rows}
+    )
 
 
 if __name__ == "__main__":
