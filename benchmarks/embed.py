@@ -153,7 +153,9 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(report.table(["", "best texts/s", "median", "CPU ms a text"], rows))
     result = {
-        "command": " ".join(["python", "-m", "benchmarks.embed", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "-m", "benchmarks.embed", *(w if "/" not in w else "PATH" for w in sys.argv[1:])]
+        ),
         "model": MODEL,
         "texts": args.texts,
         "rounds": args.rounds,
