@@ -31,7 +31,7 @@ from pallas_kernels.kv_write import reference as write_reference
 from pallas_kernels.paged_attention import api as attention_api
 from pallas_kernels.paged_attention import cases as attention_cases
 from pallas_kernels.paged_attention import reference as attention_reference
-from pallas_kernels.quantized import Quantized, dequantize, quantized_bytes, quantized_shape
+from pallas_kernels.quantized import Quantized, dequantize, quantized_shape, tree_bytes
 from pallas_kernels.quantized_matmul import api as quantized_api
 from pallas_kernels.quantized_matmul import cases as quantized_cases
 from pallas_kernels.quantized_matmul.reference import quantize_rows
@@ -262,7 +262,7 @@ def quantized_work(case: quantized_cases.Case) -> Work:
         answer=answer,
         heads=False,
         owned=case.tokens,
-        bytes=quantized_bytes(packed) + case.tokens * (case.k + case.n) * item,
+        bytes=tree_bytes(packed) + case.tokens * (case.k + case.n) * item,
         flops=2.0 * case.tokens * case.k * case.n,
     )
 
@@ -273,7 +273,7 @@ def grouped_work(case: grouped_cases.Case) -> Work:
     packed = None
     if case.format != "none":
         packed = quantized_shape(shape, case.format, case.group, case.symmetric, case.activations)
-    held = math.prod(shape) * item if packed is None else quantized_bytes(packed)
+    held = math.prod(shape) * item if packed is None else tree_bytes(packed)
 
     def call(x: Array, sizes: Array, w: Any, target: Target) -> Array:
         return grouped.grouped_matmul(x, w, sizes, target=target)

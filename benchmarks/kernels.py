@@ -37,6 +37,7 @@ from benchmarks.device import Rates, Timing, copies_for, looped, measure_rates, 
 from benchmarks.kernel_rivals import FAULTS, Rival, rivals, short
 from benchmarks.kernel_work import OPS, Work, all_work, error
 from pallas_kernels.choice import KernelDeclined
+from pallas_kernels.quantized import tree_bytes
 from pallas_kernels.target import Target
 
 RIVAL_TOLERANCE = 3e-2  # libraries round where they like; what is further off computes something else
@@ -117,10 +118,6 @@ def compiled_pair(
     donated = (0, 1) if carried else ()
     loop = jax.jit(looped(call, turns, carried), donate_argnums=donated).lower(moving, [fixed] * copies).compile()
     return once, loop
-
-
-def tree_bytes(tree: Any) -> int:
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def measure(prepared: Prepared) -> list[dict[str, Any]]:

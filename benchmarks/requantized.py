@@ -33,7 +33,7 @@ from engine.model.quantization import packed_shape
 from engine.model.weights import open_checkpoint
 from engine.model.weights.packed import summary
 from engine.registry import fetch_default_model
-from pallas_kernels.quantized import quantized_bytes
+from pallas_kernels.quantized import tree_bytes
 
 KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "BF16", "IQ4_XS")
 PROMPT_TOKENS, NEW_TOKENS, TOP = 64, 24, 20
@@ -79,7 +79,7 @@ def packed_bytes(path: Path) -> tuple[int, list[str]]:
     specs = param_specs(checkpoint.config, jnp.dtype(jnp.bfloat16))
     stored = checkpoint.stored(specs)
     packings = {name: weight.packing for name, weight in stored.items() if weight.packing}
-    held = sum(quantized_bytes(packed_shape(spec, packings.get(name))) for name, spec in specs.items())
+    held = sum(tree_bytes(packed_shape(spec, packings.get(name))) for name, spec in specs.items())
     return held, list(summary(stored, packings, specs))
 
 

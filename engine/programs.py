@@ -23,6 +23,7 @@ from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
 from engine.steps import Compute, StepOutput
 from pallas_kernels.kv_layout import kv_layout
+from pallas_kernels.quantized import tree_bytes
 from sharding.mesh import param_cut
 from sharding.params import ParamSpec
 from sharding.shards import Shards
@@ -89,12 +90,7 @@ def local_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
 def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes on one device of weights, slots and recurrent states."""
-    held = jax.tree.leaves((local_shapes(model, config), slots_of(model, config)))
-    return sum(map(_bytes, held)) + state_bytes(model, config)
-
-
-def _bytes(leaf: Shapes) -> int:
-    return leaf.size * leaf.dtype.itemsize
+    return tree_bytes((local_shapes(model, config), slots_of(model, config))) + state_bytes(model, config)
 
 
 def kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:

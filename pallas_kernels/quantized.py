@@ -113,9 +113,9 @@ def quantized_shape(
     return Quantized(values, stored, None if symmetric else stored, format, activations)
 
 
-def quantized_bytes(weight: Quantized) -> int:
-    """Memory of its arrays (numpy, JAX or abstract)."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))
+def tree_bytes(tree: Any) -> int:
+    """Memory of the arrays (numpy, JAX or abstract) of a weight, packed or not, or of several."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def check_left(x: Any, rows: int) -> None:

@@ -41,6 +41,16 @@ class Shards:
         """Into which requests are divided, with slots and pages of their own."""
         return self.count("requests")
 
+    def group_axes(self, *logical: str) -> tuple[str, ...]:
+        """The mesh axes of groups of requests over which a weight of these logical axes is cut as well."""
+        cut = {axis for name in logical for axis in self.axes(name)}
+        return tuple(axis for axis in self.axes("requests") if axis in cut)
+
+    def other_axes(self, *logical: str) -> tuple[str, ...]:
+        """The rest of those that it is cut over, each once."""
+        groups = self.group_axes(*logical)
+        return tuple(dict.fromkeys(axis for name in logical for axis in self.axes(name) if axis not in groups))
+
     def num_copies(self, logical: str) -> int:
         """Parts that hold the same element of the logical axis."""
         return dict(self.copies).get(logical, 1)

@@ -20,7 +20,7 @@ from engine.batch import StepKey
 from engine.config import EngineConfig
 from engine.estimate.chips import Topology
 from engine.estimate.hlo import Found, collectives_of
-from engine.estimate.links import Collective
+from engine.estimate.links import Collective, merged
 from engine.executables import Executable, Memory, Program
 from engine.model.config import LayerSpec, ModelConfig
 from engine.programs import step_program
@@ -116,15 +116,10 @@ def _extrapolated(found: Compiled, first: Compiled, second: Compiled, times: int
 def _added(
     found: Sequence[Collective], first: Sequence[Collective], second: Sequence[Collective], times: int
 ) -> tuple[Collective, ...]:
-    def counts(calls: Sequence[Collective]) -> dict[Collective, int]:
-        return {replace(call, count=1): call.count for call in calls}
+    def often(calls: Sequence[Collective], count: int) -> list[Collective]:
+        return [replace(call, count=count * call.count) for call in calls]
 
-    total, before, after = counts(found), counts(first), counts(second)
-    for call in before | after:
-        grown = times * (after.get(call, 0) - before.get(call, 0))
-        if grown:
-            total[call] = total.get(call, 0) + grown
-    return tuple(replace(call, count=count) for call, count in total.items())
+    return merged([*found, *often(first, -times), *often(second, times)])
 
 
 def compile_whole(model: ModelConfig, config: EngineConfig, key: StepKey, devices: Sequence[Any], how: How) -> Compiled:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from engine.attend import expands
@@ -25,7 +24,7 @@ from engine.model.layers import Params
 from engine.model.place import local_model
 from engine.programs import compute_of, local_shapes
 from pallas_kernels.kv_layout import KVLayout
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, tree_bytes
 
 EXPERT_AXES = ("experts", "expert_mlp")
 # Products that see the tokens of all groups of requests over which their layer's weights are cut.
@@ -171,14 +170,14 @@ class _Counter:
         gather = Collective("all-gather", self.shards.axes("vocab"), whole)
         product = self._product(weight, drawn, columns=weight.shape[0], rows=weight.shape[1])
         passes = Count(activation_bytes=LOGITS_PASSES * whole, collectives=(gather,) if gather.axes else ())
-        return product + Count(weight_bytes=_bytes(weight)) + passes
+        return product + Count(weight_bytes=tree_bytes(weight)) + passes
 
     def _layer(self, spec: LayerSpec, weights: Params) -> Iterator[Count]:
         for name, weight in weights.items():
             if name.startswith("experts_"):
                 yield self._experts(weight)
                 continue
-            yield Count(weight_bytes=_bytes(weight))
+            yield Count(weight_bytes=tree_bytes(weight))
             if len(weight.shape) == 2 and name not in VECTORS:
                 yield self._product(weight, self._tokens(*SEES_ALL.get(name, ())), *weight.shape)
         yield self._recurrence() if spec.recurrent else self._attention(spec)
@@ -209,7 +208,7 @@ class _Counter:
             raise ValueError("the config has no experts")
         tokens = self._tokens(*EXPERT_AXES)
         missed = (1 - experts.per_token / experts.num_experts) ** tokens
-        read = Count(weight_bytes=_bytes(weight) * (1 - missed))
+        read = Count(weight_bytes=tree_bytes(weight) * (1 - missed))
         if len(weight.shape) != 3:
             return read
         rows = tokens * experts.per_token / self.shards.count("experts")
@@ -255,32 +254,13 @@ class _Counter:
 
     def _gathered(self, *logical: str) -> tuple[Collective, ...]:
         """Around a layer's MLP: the groups' tokens before it, and sums after it, of which each group gets its own."""
-        groups = self._groups(*logical)
-        axes = tuple(dict.fromkeys(axis for name in logical for axis in self.shards.axes(name) if axis not in groups))
+        groups, axes = self.shards.group_axes(*logical), self.shards.other_axes(*logical)
         size = float(self._tokens(*logical) * self.model.hidden_size * self.item)
         sums = (Collective("all-reduce", axes, size),) if axes else ()
         if not groups:
             return sums
         return (Collective("all-gather", groups, size), *sums, Collective("reduce-scatter", groups, size))
 
-    def _groups(self, *logical: str) -> tuple[str, ...]:
-        """Mesh axes of groups of requests over which a weight is cut too: see `Place.all_tokens`."""
-        cut = {axis for name in logical for axis in self.shards.axes(name)}
-        return tuple(axis for axis in self.shards.axes("requests") if axis in cut)
-
     def _tokens(self, *logical: str) -> int:
         """That a product with a weight of these axes sees on each device."""
-        return self.step.tokens * self.shards.parts(self._groups(*logical))
-
-
-def _bytes(weight: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
-
-
-def merged(collectives: tuple[Collective, ...]) -> list[Collective]:
-    """Equal calls as one with their number, in order of appearance."""
-    found: dict[Collective, int] = {}
-    for call in collectives:
-        one = replace(call, count=1)
-        found[one] = found.get(one, 0) + call.count
-    return [replace(call, count=count) for call, count in found.items()]
+        return self.step.tokens * self.shards.parts(self.shards.group_axes(*logical))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from engine.estimate.links import Collective, Kind
+from engine.estimate.links import Collective, Kind, merged
 
 _KINDS = "|".join(get_args(Kind))
 _CALL = re.compile(rf" = (?P<shape>.+?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
@@ -36,13 +36,11 @@ class Found:
 def collectives_of(text: str, mesh: Sequence[tuple[str, int]]) -> Found:
     """Of a module's text; mesh: names and sizes of the axes, in order. Equal calls are one with their number."""
     entry, computations = _computations(text)
-    found: dict[tuple[bool, Collective], int] = {}
-    for line, in_branch in _lines(computations, entry, False):
-        call = _collective(line, mesh)
-        if call is not None:
-            found[(in_branch, call)] = found.get((in_branch, call), 0) + 1
-    calls = [(branch, Collective(c.kind, c.axes, c.bytes, count)) for (branch, c), count in found.items()]
-    return Found(tuple(c for branch, c in calls if not branch), tuple(c for branch, c in calls if branch))
+    calls = [(_collective(line, mesh), in_branch) for line, in_branch in _lines(computations, entry, False)]
+    return Found(
+        merged(call for call, in_branch in calls if call and not in_branch),
+        merged(call for call, in_branch in calls if call and in_branch),
+    )
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:

@@ -11,8 +11,8 @@ from engine.config import EngineConfig, EngineOptions
 from engine.errors import InvalidParam, ModelError
 from engine.estimate.chips import Topology
 from engine.estimate.compiled import Compiled, DoesNotCompile, How, compile_steps
-from engine.estimate.count import count_step, decode_step, merged
-from engine.estimate.links import Collective
+from engine.estimate.count import count_step, decode_step
+from engine.estimate.links import Collective, merged
 from engine.estimate.memory import Holding, changes_that_fit, fits, holding
 from engine.estimate.roofline import Decode, Prefill, decode_bound, prefill_bound
 from engine.explain import planned_config
@@ -102,7 +102,7 @@ def judged(options: EngineOptions, model: ModelConfig, topology: Topology, quest
         question=asked,
         memory=holding(options, model, config, topology),
         programs=len(lattice(config)) + 1,
-        counted=tuple(merged(largest.collectives)),
+        counted=merged(largest.collectives),
         decodes=tuple(decode_bound(model, config, topology, b, context) for b in asked.batches if rates),
         prefills=tuple(prefill_bound(model, config, topology, p) for p in asked.prompts if rates),
     )

@@ -8,8 +8,8 @@ that does not close to a ring the corner has the fewest, and all wait for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.errors import InvalidParam
@@ -33,6 +33,15 @@ class Collective:
         share = (devices - 1) / devices
         turns = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return turns * self.bytes * self.count
+
+
+def merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    """Equal calls as one with their number, in order of appearance; none where the numbers cancel."""
+    found: dict[Collective, int] = {}
+    for call in collectives:
+        one = replace(call, count=1)
+        found[one] = found.get(one, 0) + call.count
+    return tuple(replace(call, count=count) for call, count in found.items() if count)
 
 
 def link_seconds(topology: Topology, shards: Shards, collectives: Sequence[Collective]) -> float:

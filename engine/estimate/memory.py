@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import jax
-
 from engine.config import EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam, ModelError
 from engine.estimate.chips import Topology
@@ -14,6 +12,7 @@ from engine.explain import planned_config
 from engine.model.config import ModelConfig
 from engine.programs import held_bytes, page_bytes, slots_of, state_bytes
 from engine.resolve import usable_bytes, with_pages
+from pallas_kernels.quantized import tree_bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def holding(
         pages = sized.num_pages - 1
     except CapacityError:
         pages = 0
-    slots = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots_of(model, config)))
+    slots = tree_bytes(slots_of(model, config))
     return Holding(
         usable_bytes(device),
         held - slots - states,

@@ -39,28 +39,22 @@ class Place:
 
         Where the parts are those of several groups of requests (`all_tokens`), each gets its own tokens back.
         """
-        groups = self._groups(*logical)
-        axes = tuple(axis for name in logical for axis in self.shards.axes(name) if axis not in groups)
-        x = jax.lax.psum(x, tuple(dict.fromkeys(axes))) if axes else x
+        groups, axes = self.shards.group_axes(*logical), self.shards.other_axes(*logical)
+        x = jax.lax.psum(x, axes) if axes else x
         return jax.lax.psum_scatter(x, groups, scatter_dimension=0, tiled=True) if groups else x
 
     def all_tokens(self, x: Array, *logical: str) -> Array:
         """Those of all groups of requests [tokens, ...] where a weight is cut over them."""
-        groups = self._groups(*logical)
+        groups = self.shards.group_axes(*logical)
         return jax.lax.all_gather(x, groups, axis=0, tiled=True) if groups else x
 
     def own_tokens(self, x: Array, *logical: str) -> Array:
         """This group's part of what was computed of `all_tokens`, everywhere alike."""
-        groups = self._groups(*logical)
+        groups = self.shards.group_axes(*logical)
         if not groups:
             return x
         size = x.shape[0] // self.shards.parts(groups)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(groups) * size, size)
-
-    def _groups(self, *logical: str) -> tuple[str, ...]:
-        """The mesh axes of groups of requests over which a weight is cut as well."""
-        cut = {axis for name in logical for axis in self.shards.axes(name)}
-        return tuple(axis for axis in self.shards.axes("requests") if axis in cut)
 
     def total(self, x: Array) -> Array:
         """Over all groups of requests."""

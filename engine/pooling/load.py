@@ -30,6 +30,7 @@ from engine.pooling.resolve import resolve_pooling
 from engine.pooling.runner import PoolingRunner
 from engine.resolve import DeviceFacts, usable_bytes
 from engine.stats import Counters
+from pallas_kernels.quantized import tree_bytes
 
 log = logging.getLogger("octavo.engine")
 
@@ -135,8 +136,7 @@ def _cache(options: EngineOptions, model: PoolingModel, config: PoolingConfig) -
 
 
 def _check_fits(model: PoolingModel, config: PoolingConfig, device: DeviceFacts) -> None:
-    leaves = jax.tree.leaves(param_shapes(model, config))
-    used = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    used = tree_bytes(param_shapes(model, config))
     if used > usable_bytes(device):
         raise CapacityError(f"weights of {used:,} bytes do not fit: {usable_bytes(device):,} may be used")
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.matmul.spec import MatmulSpec
+from pallas_kernels.native.build import LANES
 from pallas_kernels.native.library import MATMUL
 from pallas_kernels.target import Target
 
-LANES = {"avx2": 16, "avx512": 32, "vector": 8}  # k and n are multiples of it; `kernels.cc` has twice its vectors' size
 STREAMED = 4  # rows up to which reading the weights is what takes time; `kernels.cc` streams them
 WEIGHTS = ("float32", "bfloat16", "int8")
 
@@ -33,7 +33,7 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
         return "bfloat16 times float32"
     if target.bfloat16_products and spec.weight_dtype == "bfloat16" and spec.tokens > STREAMED:
         return f"more than {STREAMED} rows, and the CPU multiplies bfloat16 itself"
-    lanes = LANES[target.native]
+    lanes = 2 * LANES[target.native]  # the columns of a register tile
     if spec.k % lanes or spec.n % lanes:
         return f"{spec.k} times {spec.n}: not multiples of {lanes}"
     return None

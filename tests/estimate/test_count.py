@@ -10,8 +10,8 @@ import pytest
 from engine.batch import StepKey
 from engine.config import EngineConfig, EngineOptions
 from engine.estimate.chips import Topology, topology_of
-from engine.estimate.count import Count, Span, Step, count_step, decode_step, merged, prefill_steps
-from engine.estimate.links import Collective
+from engine.estimate.count import Count, Span, Step, count_step, decode_step, prefill_steps
+from engine.estimate.links import Collective, merged
 from engine.estimate.roofline import bound, decode_bound, prefill_bound
 from engine.explain import planned_config
 from engine.model.config import ModelConfig
@@ -51,7 +51,7 @@ def test_a_decode_step_of_llama_70b() -> None:
     norms = 161 * 8192 * 4
     assert found.weight_bytes == pytest.approx(2 * matrices + norms, rel=1e-5)  # the final norm is not in a layer
     assert found.cache_bytes == 64 * 2049 * page_bytes(LLAMA, config) // config.page_size
-    assert merged(found.collectives) == [
+    assert list(merged(found.collectives)) == [
         Collective("all-reduce", ("tensor",), 64 * 8192 * 2, 161),
         Collective("all-gather", ("tensor",), 64 * 128256 * 4, 1),
     ]
@@ -89,7 +89,7 @@ def test_groups_of_requests_attend_for_themselves() -> None:
     head = 128256 * 8192 // 2
     assert found.all_flops == 2.0 * (32 * (qkv_and_o + head) + 128 * mlp) + attention
     every, own = 128 * 8192 * 2, 32 * 8192 * 2
-    assert merged(found.collectives) == [
+    assert list(merged(found.collectives)) == [
         Collective("all-reduce", ("tensor",), own, 81),
         Collective("all-gather", ("tensor",), 32 * 128256 * 4, 1),
         Collective("all-gather", ("data",), every, 80),

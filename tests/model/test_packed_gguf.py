@@ -17,7 +17,7 @@ from engine.model.params import param_specs
 from engine.model.quantization import pack, packed_shape
 from engine.model.weights.gguf import GgufCheckpoint, open_gguf
 from engine.model.weights.packed import summary
-from pallas_kernels.quantized import Quantized, quantized_bytes
+from pallas_kernels.quantized import Quantized, tree_bytes
 from tests.model.gguf_files import close
 from tests.model.models import relative_error
 from tests.oracle import naive_logits
@@ -134,7 +134,7 @@ def test_kept_packed_without_loss(kind: Kind, tmp_path: Path) -> None:
         check_logits(both)
     assert set(both.packings) == {f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down")}
     for name in both.packings:
-        assert quantized_bytes(both.packed[name]) * 8 == BITS[kind] * weights_in(both, name)
+        assert tree_bytes(both.packed[name]) * 8 == BITS[kind] * weights_in(both, name)
     check_equal(both)
 
 
@@ -152,7 +152,7 @@ def test_mixed_types_share_a_wider_packing(
 ) -> None:
     both = load_both(open_gguf(write(tmp_path / "model.gguf", kinds, default)))
     assert both.packings["layers.0.qkv"] == qkv
-    assert quantized_bytes(both.packed["layers.0.qkv"]) * 8 == bits * weights_in(both, "layers.0.qkv")
+    assert tree_bytes(both.packed["layers.0.qkv"]) * 8 == bits * weights_in(both, "layers.0.qkv")
     check_equal(both)
     if default == Kind.Q4_K:
         check_logits(both)

@@ -15,7 +15,7 @@ from engine.errors import ModelError
 from engine.model.packing import Packing
 from engine.model.params import param_specs
 from engine.model.weights import open_checkpoint
-from pallas_kernels.quantized import Quantized, quantized_bytes
+from pallas_kernels.quantized import Quantized, tree_bytes
 from tests.model.models import relative_error
 from tests.model.quantized_folders import (
     Linear,
@@ -158,7 +158,7 @@ def test_kept_packed_without_loss(name: str, tmp_path: Path) -> None:
     for key in both.packings:
         weight, columns = both.packed[key], both.packed[key].shape[1]
         a_column = 4 * columns if packing.group is None else 0
-        assert quantized_bytes(weight) == bits * both.wide[key].size / 8 + a_column
+        assert tree_bytes(weight) == bits * both.wide[key].size / 8 + a_column
     check_weights(both)
 
 
@@ -232,7 +232,7 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
         for name, group in groups.items()
     }
     for key in both.packings:
-        assert quantized_bytes(both.packed[key]) == 8.5 * both.wide[key].size / 8
+        assert tree_bytes(both.packed[key]) == 8.5 * both.wide[key].size / 8
     check_weights(both)
     check_logits(both, 1e-4)
 

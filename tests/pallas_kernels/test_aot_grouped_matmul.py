@@ -13,7 +13,7 @@ from pallas_kernels.choice import KernelDeclined
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.api import choice
 from pallas_kernels.grouped_matmul.cases import REAL, SMALL, Case
-from pallas_kernels.quantized import quantized_bytes, quantized_shape
+from pallas_kernels.quantized import quantized_shape, tree_bytes
 from pallas_kernels.target import Target
 from tests.pallas_kernels import aot
 
@@ -64,7 +64,7 @@ def test_compiles_without_a_copy_of_the_weights(chip: str, case: Case) -> None:
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes <= allowed
     if case in REAL and case.num_tokens <= 256:
-        assert memory.temp_size_in_bytes < quantized_bytes(w) / 8
+        assert memory.temp_size_in_bytes < tree_bytes(w) / 8
 
 
 def test_the_choice_says_why_not() -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.quantized import quantized_bytes, quantized_shape
+from pallas_kernels.quantized import quantized_shape, tree_bytes
 from pallas_kernels.quantized_matmul import gpu, quantized_matmul, tpu
 from pallas_kernels.quantized_matmul.api import MatmulSpec
 from pallas_kernels.quantized_matmul.cases import REAL, SMALL, Case
@@ -70,8 +70,8 @@ def test_compiles(chip: str, case: Case) -> None:
     allowed = (1 << 20) + 6 * padded * case.k + 4 * (split + 2) * padded * case.n
     temp = temporary_bytes(compiled)
     assert temp < allowed
-    if case.tokens <= 64 and quantized_bytes(w) > (8 << 20):
-        assert temp < quantized_bytes(w)
+    if case.tokens <= 64 and tree_bytes(w) > (8 << 20):
+        assert temp < tree_bytes(w)
 
 
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("h200", marks=pytest.mark.slow)])

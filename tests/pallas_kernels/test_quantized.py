@@ -14,8 +14,8 @@ from pallas_kernels.quantized import (
     dequantize,
     pack_int4,
     quantize,
-    quantized_bytes,
     quantized_shape,
+    tree_bytes,
     unpack_int4,
 )
 
@@ -120,7 +120,7 @@ def test_abstract_shapes_are_those_of_the_numbers(kind: str, shape: tuple[int, .
     for ours, said in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
         assert (ours.shape, ours.dtype) == (said.shape, said.dtype)
     assert real.shape == shape
-    assert quantized_bytes(real) == quantized_bytes(abstract) == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
+    assert tree_bytes(real) == tree_bytes(abstract) == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
 
 
 def test_experts_are_quantized_one_by_one() -> None:

@@ -19,7 +19,7 @@ from engine.model.packing import Packing
 from engine.model.quantization import packed_shape
 from engine.model.weights.checkpoint import StoredWeight
 from engine.model.weights.names import Piece
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, tree_bytes
 from sharding.params import ParamSpec
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: fits a core's cache
@@ -179,7 +179,7 @@ def _line(
     kind, packed, why = key
     in_file = sum(stored[name].num_bytes for name in names)
     shapes = [packed_shape(specs[name], packings.get(name)) for name in names]
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    held = tree_bytes(shapes)
     became = f"kept packed as {packed}" if packed else f"made {specs[names[0]].dtype}"
     some = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
     return f"{kind}: {some} {became}{f' ({why})' if why else ''}: {held:,} bytes, {in_file:,} in the files"
