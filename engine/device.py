@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ CHIP_OF_KIND = {
 }
 
 
+@cache
 def device_facts() -> DeviceFacts:
     """Facts of the first device: every device of a replica is alike."""
     device = jax.local_devices()[0]

@@ -71,16 +71,15 @@ struct Work {
   }
 };
 
-static void widen_into(std::vector<float>& to, const ffi::AnyBuffer& from) {
+// x in float32: as it is, or widened into `to`.
+static const float* widened(std::vector<float>& to, const ffi::AnyBuffer& from) {
+  if (from.element_type() == ffi::DataType::F32) return static_cast<const float*>(from.untyped_data());
   const int64_t count = from.element_count();
   to.resize(count);
-  if (from.element_type() == ffi::DataType::F32) {
-    std::copy_n(static_cast<const float*>(from.untyped_data()), count, to.data());
-    return;
-  }
   const auto* bits = static_cast<const uint16_t*>(from.untyped_data());
   auto* wide = reinterpret_cast<uint32_t*>(to.data());
   for (int64_t i = 0; i < count; ++i) wide[i] = static_cast<uint32_t>(bits[i]) << 16;
+  return to.data();
 }
 
 static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::BufferR2<ffi::F32>> y,
@@ -88,9 +87,8 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   auto work = std::make_shared<Work>();
-  widen_into(work->x, x);
   Matmul& m = work->matmul;
-  m.x = work->x.data();
+  m.x = widened(work->x, x);
   m.w = w.untyped_data();
   m.y = y->typed_data();
   m.tokens = x.dimensions()[0];
