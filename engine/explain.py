@@ -12,7 +12,7 @@ from engine.errors import InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.known import known_config, known_models
 from engine.model.weights import open_checkpoint
-from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes
+from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes, served_specs
 from engine.registry import resolve_model
 from engine.resolve import DeviceFacts, resolve, usable_bytes
 from pallas_kernels.target import CHIPS
@@ -27,17 +27,19 @@ def planned_config(options: EngineOptions, model: ModelConfig, device: DeviceFac
 def explain(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> dict[str, Any]:
     """Every parameter with its shape, its cut and its bytes on one device; equal ones of several layers are one row."""
     shapes, cuts, rows = param_shapes(model, config), param_cuts(model, config), {}
+    specs = served_specs(model, config)
     for name, shape in shapes.items():
         where = jax.tree.leaves(cuts[name])
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shape)]
-        key = (re.sub(r"layers\.\d+\.", "layers.*.", name), tuple(shape.shape), str(where[0]))
+        override = config.shards.override(name, specs[name].axes)
+        key = (re.sub(r"layers\.\d+\.", "layers.*.", name), tuple(shape.shape), str(where[0]), override)
         row = rows.setdefault(key, {"count": 0, "bytes": 0})
         row["count"] += 1
         row["bytes"] += sum(size // parts_of(config.shards, cut) for size, cut in zip(sizes, where, strict=True))
     parameters = [
         {"name": name + (f" ({row['count']})" if row["count"] > 1 else ""), "shape": str(list(shape)),
-         "cut": cut.removeprefix("P"), "bytes": row["bytes"]}
-        for (name, shape, cut), row in rows.items()
+         "cut": cut.removeprefix("P"), "override": override, "bytes": row["bytes"]}
+        for (name, shape, cut, override), row in rows.items()
     ]  # fmt: skip
     return {
         "parameters": parameters,

@@ -26,7 +26,7 @@ from pallas_kernels.kv_layout import kv_layout
 from pallas_kernels.quantized import tree_bytes
 from sharding.mesh import param_cut
 from sharding.params import ParamSpec
-from sharding.shards import Shards
+from sharding.shards import Shards, scope_of
 
 Shapes = jax.ShapeDtypeStruct
 
@@ -70,7 +70,7 @@ def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
 def _cut_of(shards: Shards, name: str, spec: ParamSpec, leaf: Shapes) -> PartitionSpec:
     """Of one array of the parameter: a scale that all rows share is on every device that has some."""
-    cut = param_cut(shards, spec)
+    cut = param_cut(shards.at(scope_of(name)), spec)
     for size, axes in zip(leaf.shape, cut, strict=True):
         parts = shards.parts(axes)
         if size > 1 and size % parts:

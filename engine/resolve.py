@@ -12,7 +12,7 @@ from engine.config import EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.packing import Packings
-from engine.model.params import axis_sizes
+from engine.model.params import axis_sizes, param_axes
 from engine.model.place import replicated
 from pallas_kernels.target import KVDtype, Target
 from sharding.rules import ShardingError, load_strategy
@@ -127,7 +127,7 @@ def resolve(
 def shards_of(sharding: str, model: ModelConfig, num_devices: int) -> Shards:
     """What a sharding file, or one of configs/sharding, comes to for the model on so many devices."""
     try:
-        shards = load_strategy(sharding).shards(axis_sizes(model), num_devices)
+        shards = load_strategy(sharding).shards(axis_sizes(model), num_devices, param_axes(model))
     except ShardingError as error:
         raise InvalidParam("sharding", str(error)) from None
     if shards.num_groups > 1 and model.recurrence is not None:

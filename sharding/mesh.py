@@ -24,7 +24,8 @@ def mesh_of(shards: Shards, devices: Sequence[Any] | None = None) -> Mesh | None
 
 
 def param_cut(shards: Shards, param: ParamSpec) -> PartitionSpec:
-    """Of the parameter as it is on the device; merged dimensions are cut along the first of them."""
+    """Of a parameter as it is on the device, `shards` being those of its scope; merged dimensions are cut along the
+    first of them."""
     cuts = [shards.axes(name) if name else () for name in param.axes]
     if param.rows is not None:
         lead, rest = cuts[: param.lead], cuts[param.lead :]

@@ -8,6 +8,9 @@
       - mlp: null               # not cut: the last resort, if it is wanted
       - kv_heads: {axes: tensor, replicate: true}   # also where tensor is a multiple of them: several hold each
 
+    overrides:                  # of single parameters, by path, before the rules; * is anything but a dot
+      - layers.*.shared_*: {mlp: null}
+
 A logical axis without a rule is not cut. Every error names file and line.
 """
 
@@ -16,22 +19,25 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 import yaml
 
-from sharding.shards import Axis, Shards
+from sharding.shards import Axis, Override, Shards, scope_of
 
 LOGICAL_AXES = ("requests", "vocab", "embed", "kv_heads", "q_heads", "head_dim", "mlp", "experts", "expert_mlp")
 UNCUT = ("embed", "head_dim")  # a cut there would need a sum after every layer's first product
 PER_REQUEST = ("vocab", "kv_heads", "q_heads")  # computed by each group of requests for itself
 REPLICABLE = ("kv_heads",)  # a copy still has query heads of its own to serve; of others it would do the same work
+OVERRIDABLE = ("vocab", "mlp", "experts", "expert_mlp")  # heads are cut as pages are, and those alike in all layers
+Parameters = Mapping[str, Mapping[str, int]]  # path: size of each logical axis of the parameter
 MAX_BYTES = 64 << 10
 MAX_DEVICES = 1 << 20
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+_PATTERN = re.compile(r"[a-z0-9_.*]+\Z")
 
 
 class ShardingError(ValueError):
@@ -59,18 +65,33 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class OverrideRule:
+    """Of the parameters whose path fits `pattern`, cut each logical axis over the product of mesh axes."""
+
+    pattern: str
+    cuts: tuple[tuple[str, tuple[str, ...]], ...]
+    line: int
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(re.escape(self.pattern).replace(r"\*", "[^.]*"), name) is not None
+
+
+@dataclass(frozen=True)
 class Strategy:
     """A checked file. A size of None is filled with the devices that the other axes leave."""
 
     name: str
     mesh: tuple[tuple[str, int | None], ...] = ()
     rules: tuple[Rule, ...] = ()
+    overrides: tuple[OverrideRule, ...] = ()
 
-    def shards(self, sizes: Mapping[str, tuple[int, ...]], num_devices: int) -> Shards:
+    def shards(
+        self, sizes: Mapping[str, tuple[int, ...]], num_devices: int, parameters: Parameters | None = None
+    ) -> Shards:
         """What the rules come to for a model on so many devices.
 
-        sizes: of each logical axis, every size that it has in the model's weights. Raises ShardingError
-        with the logical axis, the sizes and the rules that were tried.
+        sizes: of each logical axis, every size that it has in the model's weights. parameters: those that overrides
+        may name. Raises ShardingError with the logical axis, the sizes and the rules that were tried.
         """
         mesh = self._filled(num_devices)
         found: dict[str, tuple[str, ...]] = {}
@@ -86,16 +107,72 @@ class Strategy:
             else:
                 if rules:
                     raise ShardingError(self._nothing_divides(rules, its_sizes, mesh))
-        for logical in PER_REQUEST:
-            shared = set(found.get(logical, ())) & set(found.get("requests", ()))
-            if shared:
-                raise ShardingError(f"sharding {self.name}: {logical} cannot be cut over {', '.join(shared)}: "
-                                    "requests are divided there, and each group needs all of it")  # fmt: skip
-        return Shards(
+        shards = Shards(
             tuple(Axis(*axis) for axis in mesh.items()),
             tuple((k, v) for k, v in found.items() if v),
             tuple((k, v) for k, v in copies.items() if v > 1),
         )
+        shards = replace(shards, overrides=self._overridden(shards, parameters or {}))
+        self._check_apart("", shards)
+        for name, axes in (parameters or {}).items():
+            self._check_apart(f"{name}: ", shards.at(scope_of(name)))
+            self._check_once(name, axes, shards.at(scope_of(name)))
+        return shards
+
+    def _check_apart(self, where: str, shards: Shards) -> None:
+        """What each group of requests needs all of is not cut where they are divided."""
+        for logical in PER_REQUEST:
+            shared = set(shards.axes(logical)) & set(shards.axes("requests"))
+            if shared:
+                raise ShardingError(f"sharding {self.name}: {where}{logical} cannot be cut over {', '.join(shared)}: "
+                                    "requests are divided there, and each group needs all of it")  # fmt: skip
+
+    def _check_once(self, name: str, axes: Iterable[str], shards: Shards) -> None:
+        taken: dict[str, str] = {}
+        for logical in axes:
+            for over in shards.axes(logical):
+                if over in taken:
+                    raise ShardingError(f"sharding {self.name}: {name} would be cut over {over} twice, along "
+                                        f"{taken[over]} and along {logical}")  # fmt: skip
+                taken[over] = logical
+
+    def _overridden(self, shards: Shards, parameters: Parameters) -> tuple[Override, ...]:
+        """What each scope gets; within one, parameters that share a logical axis must come to the same."""
+        for rule in self.overrides:
+            self._check_names_something(rule, parameters)
+        found: dict[tuple[str, str], tuple[str, Override | None]] = {}
+        for name, sizes in parameters.items():
+            for logical, size in sizes.items():
+                override = self._override(name, logical, size, shards)
+                first, other = found.setdefault((scope_of(name), logical), (name, override))
+                cuts = [shards.axes(logical) if one is None else one.axes for one in (other, override)]
+                if cuts[0] != cuts[1]:
+                    lines = ", ".join(str(rule.line) for rule in self.overrides if logical in dict(rule.cuts))
+                    raise ShardingError(f"sharding {self.name}: line {lines}: {name} and {first} are multiplied along "
+                                        f"{logical}, and overrides cut only one of them so")  # fmt: skip
+        return tuple(override for _, override in found.values() if override is not None)
+
+    def _override(self, name: str, logical: str, size: int, shards: Shards) -> Override | None:
+        """The first that names the parameter and the axis."""
+        for rule in self.overrides:
+            if logical in dict(rule.cuts) and rule.matches(name):
+                axes = tuple(axis for axis in dict(rule.cuts)[logical] if shards.parts(axis) > 1)
+                if size % shards.parts(axes):
+                    raise ShardingError(f"sharding {self.name}: line {rule.line}: {logical} {size} of {name} does not "
+                                        f"divide over {' * '.join(axes)} = {shards.parts(axes)}")  # fmt: skip
+                return Override(scope_of(name), logical, axes, rule.pattern)
+        return None
+
+    def _check_names_something(self, rule: OverrideRule, parameters: Parameters) -> None:
+        where = f"sharding {self.name}: line {rule.line}:"
+        named = [name for name in parameters if rule.matches(name)]
+        if not named:
+            known = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parameters))
+            near = difflib.get_close_matches(rule.pattern, known, 1) or [", ".join(known)]
+            raise ShardingError(f"{where} no parameter of the model matches {rule.pattern!r}; there is {near[0]}")
+        for logical, _ in rule.cuts:
+            if not any(logical in parameters[name] for name in named):
+                raise ShardingError(f"{where} nothing that {rule.pattern!r} matches has an axis {logical}")
 
     def _filled(self, num_devices: int) -> dict[str, int]:
         known = math.prod(size for _, size in self.mesh if size is not None)
@@ -147,9 +224,11 @@ def parse_strategy(name: str, text: str) -> Strategy:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise ShardingError(f"sharding {name}:{where} is not YAML: {getattr(error, 'problem', error)}") from error
-    parts = reader.mapping(root, ("mesh", "rules"), "the file") if root is not None else {}
+    parts = reader.mapping(root, ("mesh", "rules", "overrides"), "the file") if root is not None else {}
     mesh = reader.mesh(parts.get("mesh"))
-    return Strategy(name, mesh, tuple(reader.rules(parts.get("rules"), [axis for axis, _ in mesh])))
+    axes = [axis for axis, _ in mesh]
+    rules, overrides = reader.rules(parts.get("rules"), axes), reader.overrides(parts.get("overrides"), axes)
+    return Strategy(name, mesh, tuple(rules), tuple(overrides))
 
 
 class _Reader:
@@ -199,12 +278,29 @@ class _Reader:
             raise self.wrong(node, f"the size of mesh axis {name} must be a number of devices, or fill")
         return int(node.value)
 
+    def items(self, node: yaml.Node | None, what: str) -> list[yaml.Node]:
+        if node is not None and not isinstance(node, yaml.SequenceNode):
+            raise self.wrong(node, f"{what} must be a list")
+        return [] if node is None else node.value
+
+    def overrides(self, node: yaml.Node | None, axes: list[str]) -> Iterator[OverrideRule]:
+        for item in self.items(node, "overrides"):
+            entries = self.mapping(item, None, "an override")
+            if len(entries) != 1:
+                raise self.wrong(item, "an override has one pattern")
+            ((pattern, cuts),) = entries.items()
+            if not _PATTERN.match(pattern):
+                raise self.wrong(item, f"{pattern!r} is no path of a parameter: names, numbers, dots and *")
+            found = []
+            for logical, over in self.mapping(cuts, LOGICAL_AXES, "what an override says").items():
+                if logical not in OVERRIDABLE:
+                    raise self.wrong(over, f"{logical} is cut alike everywhere: overrides are for "
+                                     f"{', '.join(OVERRIDABLE)}")  # fmt: skip
+                found.append((logical, self.axes(over, axes)))
+            yield OverrideRule(pattern, tuple(found), item.start_mark.line + 1)
+
     def rules(self, node: yaml.Node | None, axes: list[str]) -> Iterator[Rule]:
-        if node is None:
-            return
-        if not isinstance(node, yaml.SequenceNode):
-            raise self.wrong(node, "rules must be a list")
-        for item in node.value:
+        for item in self.items(node, "rules"):
             entries = self.mapping(item, LOGICAL_AXES, "a rule")
             if len(entries) != 1:
                 raise self.wrong(item, "a rule has one logical axis")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -12,6 +13,23 @@ class Axis(NamedTuple):
 
     name: str
     size: int
+
+
+class Override(NamedTuple):
+    """In one scope, other mesh axes for a logical axis; pattern: of the file's entry."""
+
+    scope: str
+    logical: str
+    axes: tuple[str, ...]
+    pattern: str
+
+
+def scope_of(name: str) -> str:
+    """Where a parameter's cuts are decided: its layer ("layers.3"), or, outside of the layers, itself.
+
+    Within a layer weights that share a logical axis are multiplied with each other, so they are cut alike.
+    """
+    return ".".join(name.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,22 @@ class Shards:
     mesh: tuple[Axis, ...] = ()
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
     copies: tuple[tuple[str, int], ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+    def at(self, scope: str) -> Shards:
+        """What holds in one scope, without overrides; equal for scopes that are cut alike."""
+        mine = {override.logical: override.axes for override in self.overrides if override.scope == scope}
+        return replace(self, table=tuple((dict(self.table) | mine).items()) if mine else self.table, overrides=())
+
+    def override(self, name: str, logical: Iterable[str | None]) -> str | None:
+        """The pattern by which a parameter of these axes is cut otherwise than the rules say."""
+        here = [override for override in self.overrides if override.scope == scope_of(name)]
+        return next((override.pattern for override in here if override.logical in logical), None)
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether overrides name layers, which then are not all cut alike."""
+        return any(override.scope.startswith("layers.") for override in self.overrides)
 
     @property
     def num_devices(self) -> int:

@@ -78,8 +78,8 @@ def compile_step(model: ModelConfig, config: EngineConfig, key: StepKey, devices
     """One step program for the devices; extrapolated over layers of the same kind unless all are asked for."""
     kinds = list(dict.fromkeys(model.layers))
     base = [kind for turn in (1, 2) for kind in kinds if model.layers.count(kind) >= turn]
-    # Packed parameters of a checkpoint are named by layer, so its layers are not alike by their kind.
-    if how.full or config.stored or len(model.layers) <= len(base) + 1:
+    # Packed parameters of a checkpoint and overrides name layers, so these are not alike by their kind.
+    if how.full or config.stored or config.shards.in_layers or len(model.layers) <= len(base) + 1:
         return compile_whole(model, config, key, devices, how)
     first = found = compile_whole(replace(model, layers=tuple(base)), config, key, devices, how)
     seconds = first.seconds

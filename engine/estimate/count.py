@@ -9,6 +9,7 @@ for them run, are not counted.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -133,7 +134,7 @@ def prefill_steps(config: EngineConfig, length: int) -> list[Step]:
 
 def count_step(model: ModelConfig, config: EngineConfig, step: Step) -> Count:
     """What one device does in the step. Layers of a kind are alike, but for those that a checkpoint has packed."""
-    alike = not config.stored
+    alike = not config.stored and not config.shards.in_layers
     kinds = tuple(dict.fromkeys(model.layers)) if alike else model.layers
     times = [model.layers.count(kind) if alike else 1 for kind in kinds]
     return _Counter(replace(model, layers=kinds), config, step).count(times)
@@ -147,24 +148,30 @@ class _Counter:
         self.item = jnp.dtype(config.dtype).itemsize
         self.params = local_shapes(model, config)
 
+    def _at(self, scope: str) -> _Counter:
+        """For the parameters of one scope."""
+        here = copy.copy(self)
+        here.shards = self.shards.at(scope)
+        return here
+
     def count(self, times: Sequence[int]) -> Count:
         """times: how often the model has each of the layers."""
-        total = self._embedding() + self._logits()
+        head = "embed" if self.model.tie_embeddings else "lm_head"
+        total = self._at("embed")._embedding() + self._at(head)._logits(self.params[head])
         layers: dict[str, Params] = {}
         for name, weight in self.params.items():
             if name.startswith("layers."):
                 _, layer, short = name.split(".", 2)
                 layers.setdefault(layer, {})[short] = weight
-        for spec, weights, often in zip(self.model.layers, layers.values(), times, strict=True):
-            total += sum(self._layer(spec, weights), Count()) * often
+        for i, (spec, often) in enumerate(zip(self.model.layers, times, strict=True)):
+            total += sum(self._at(f"layers.{i}")._layer(spec, layers[str(i)]), Count()) * often
         return total
 
     def _embedding(self) -> Count:
         moved = 2 * self.step.tokens * self.model.hidden_size * self.item
         return Count(activation_bytes=moved, collectives=self._sum("vocab"))
 
-    def _logits(self) -> Count:
-        weight = self.params["embed" if self.model.tie_embeddings else "lm_head"]
+    def _logits(self, weight: Any) -> Count:
         drawn = self.step.drawn
         whole = 4.0 * drawn * self.model.vocab_size
         gather = Collective("all-gather", self.shards.axes("vocab"), whole)

@@ -39,13 +39,14 @@ def hidden_states(
     tokens, positions: int32 [tokens]. params: see `engine.model.params`. caches: one a layer.
     config, params and caches are one device's share of them, see `local_model`.
     """
-    x = _embed(place, params["embed"], tokens)
+    x = _embed(place.at("embed"), params["embed"], tokens)
     x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
     ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
     new, chosen = [], []
     for i, spec in enumerate(config.layers):
         rope = ropes[spec.rope] if spec.rope else None
-        x, cache, experts = _layer(config, spec, attend, place, layer_params(params, i), x, rope, view, caches[i])
+        here, weights = place.at(f"layers.{i}"), layer_params(params, i)
+        x, cache, experts = _layer(config, spec, attend, here, weights, x, rope, view, caches[i])
         new.append(cache)
         chosen += experts
     return x, tuple(new), tuple(chosen)
@@ -87,8 +88,9 @@ def _embed(place: Place, table: Array, tokens: Array) -> Array:
 def logits(config: ModelConfig, params: Params, hidden: Array, place: Place = ALONE) -> Array:
     """float32 [rows, vocab] from hidden states [rows, embed]."""
     hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
-    weight = params["embed"] if config.tie_embeddings else params["lm_head"]
-    out = place.gather(matmul(hidden, weight, target=place.target, transposed=True), "vocab")
+    name = "embed" if config.tie_embeddings else "lm_head"
+    out = matmul(hidden, params[name], target=place.target, transposed=True)
+    out = place.at(name).gather(out, "vocab")
     return softcap(out * config.logits_multiplier, config.final_softcap)
 
 

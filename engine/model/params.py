@@ -38,13 +38,18 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     return specs
 
 
+def param_axes(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Of each parameter, its logical axes with their sizes."""
+    specs = param_specs(config, jnp.dtype(jnp.float32))
+    return {name: {a: size for a, size in zip(spec.axes, spec.shape, strict=True) if a} for name, spec in specs.items()}
+
+
 def axis_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of each logical axis, the sizes that it has in the weights: what a cut must divide."""
     found: dict[str, set[int]] = {}
-    for spec in param_specs(config, jnp.dtype(jnp.float32)).values():
-        for name, size in zip(spec.axes, spec.shape, strict=True):
-            if name is not None:
-                found.setdefault(name, set()).add(size)
+    for axes in param_axes(config).values():
+        for name, size in axes.items():
+            found.setdefault(name, set()).add(size)
     return {name: tuple(sorted(sizes)) for name, sizes in found.items()}
 
 

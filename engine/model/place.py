@@ -25,6 +25,10 @@ class Place:
     target: Target
     shards: Shards = WHOLE
 
+    def at(self, scope: str) -> Place:
+        """As it is for the parameters of a scope (see `sharding.shards.scope_of`)."""
+        return replace(self, shards=self.shards.at(scope))
+
     def count(self, logical: str) -> int:
         """Parts that the logical axis is in."""
         return self.shards.count(logical)

@@ -20,7 +20,8 @@ def run(engine_options: EngineOptions, options: ShardingOptions) -> int:
     print(f"{engine_options.model} over {mesh} ({options.chip}), {config.dtype}; sizes are of one device\n")
     width = max(len(row["name"]) for row in found["parameters"])
     for row in found["parameters"]:
-        print(f"{row['name']:{width}}  {row['shape']:>22}  {row['cut']:>22}  {row['bytes'] / 1e6:12,.1f} MB")
+        why = f"  by {row['override']}" if row["override"] else ""
+        print(f"{row['name']:{width}}  {row['shape']:>22}  {row['cut']:>22}  {row['bytes'] / 1e6:12,.1f} MB{why}")
     print(f"\nweights, slots and states {found['held_bytes'] / 1e9:,.2f} GB of {found['usable_bytes'] / 1e9:,.2f} GB; "
           f"a token of the cache {found['token_bytes']:,} bytes")  # fmt: skip
     left = found["usable_bytes"] - found["held_bytes"]

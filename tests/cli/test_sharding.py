@@ -25,6 +25,22 @@ def test_llama_70b_over_eight(capsys: pytest.CaptureFixture[str]) -> None:
     assert 70_553_706_496 * 2 // 8 < weights < found["held_bytes"]
 
 
+def test_what_overrides_cut_names_their_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mesh: {t: 8}\nrules:\n- kv_heads: t\n- mlp: t\n- vocab: t\noverrides:\n"
+                    "- embed: {vocab: null}\n- layers.7*.*: {mlp: null}\n")  # fmt: skip
+    argv = ("llama-3.1-70b", "--chip", "v6e", "--sharding", str(path), "--devices", "8")
+    rows = {(row["name"], row["override"]): row for row in explained(capsys, *argv)["parameters"]}
+    assert rows["embed", "embed"]["bytes"] == 128256 * 8192 * 2
+    assert rows["lm_head", None]["bytes"] == 128256 * 8192 * 2 // 8
+    down = 28672 * 8192 * 2
+    assert rows["layers.*.down (11)", "layers.7*.*"]["bytes"] == 11 * down
+    assert rows["layers.*.down (69)", None]["bytes"] == 69 * down // 8
+    assert ("layers.*.qkv (80)", None) in rows, "which has nothing that the override cuts"
+    assert main(["sharding", "explain", *argv]) == 0
+    assert "by layers.7*.*" in capsys.readouterr().out
+
+
 def test_packed_weights_are_cut_with_their_scales(capsys: pytest.CaptureFixture[str]) -> None:
     found = explained(capsys, "llama-3.1-8b", "--devices", "4", "--quantization", "int8")
     rows = {row["name"]: row for row in found["parameters"]}

@@ -35,6 +35,7 @@ slow = pytest.mark.slow
 LAID = [
     pytest.param(EXPERTS, "ep", id="experts-ep"),
     pytest.param(EXPERTS, "tp-ep", marks=slow, id="experts-tp-ep"),
+    pytest.param(EXPERTS, "overrides.yaml", marks=slow, id="experts-overrides"),
     pytest.param(LATENT, "tp", marks=slow, id="latent-tp"),
     pytest.param(DENSE, "dp-attention", id="dense-dp-attention"),
     pytest.param(EXPERTS, "dp-attention", marks=slow, id="experts-dp-attention"),

@@ -28,7 +28,7 @@ from engine.executables import Executable, NoProgramCache, Program, ProgramCache
 from engine.load import layouts
 from engine.logits import TokenLogits
 from engine.model.config import Experts, Latent, LayerSpec, ModelConfig
-from engine.model.params import axis_sizes, param_specs
+from engine.model.params import axis_sizes, param_axes, param_specs
 from engine.model.quantization import pack
 from engine.placement import placer
 from engine.plan import Layout
@@ -74,6 +74,8 @@ COLLECTIVES = [
     pytest.param("experts", "tp", TWO_A_LAYER, marks=slow),
     pytest.param("experts", "ep", TWO_A_LAYER),
     pytest.param("latent", "tp", TWO_A_LAYER, marks=slow),
+    # The embedding and the second layer's MLP are whole.
+    pytest.param("experts", "overrides.yaml", {"all-reduce": 3, "all-gather": 1}),
     # Besides, in each layer, tokens are gathered and given back, and once it is asked whether any group goes on.
     pytest.param("dense", "dp-attention", {"all-reduce": 1 + 2 * 3 + 1, "all-gather": 1 + 2, "reduce-scatter": 2}),
     pytest.param("experts", "tp-dp", {"all-reduce": 1 + 2 * 2 + 2, "all-gather": 1}, marks=slow),
@@ -87,6 +89,7 @@ CASES = [
     *(pytest.param(kind, "dp-attention", marks=slow) for kind in ("experts", "latent")),
     pytest.param("experts", "tp-dp", marks=slow),
     pytest.param("experts", "tp-ep", marks=slow),
+    pytest.param("experts", "overrides.yaml", marks=slow),
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),
 ]
 STORE = TemporaryDirectory()  # going back to a layout loads its programs
@@ -94,7 +97,10 @@ SMALL = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,), prefill_decode
 
 
 def config_of(model: ModelConfig, strategy: str, **changes: Any) -> EngineConfig:
-    return replace(SMALL, shards=load_strategy(strategy).shards(axis_sizes(model), DEVICES), **changes)
+    """strategy: as of `load_strategy`, or a file beside this one."""
+    beside = Path(__file__).parent / strategy
+    found = load_strategy(str(beside) if beside.is_file() else strategy)
+    return replace(SMALL, shards=found.shards(axis_sizes(model), DEVICES, param_axes(model)), **changes)
 
 
 @cache

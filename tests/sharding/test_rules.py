@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from engine.model.known import known_config
-from engine.model.params import axis_sizes
+from engine.model.params import axis_sizes, param_axes
 from sharding.rules import ShardingError, load_strategy, parse_strategy, strategies
 from sharding.shards import Axis, Shards
 
 LLAMA = axis_sizes(known_config("llama-3.1-70b"))
 QWEN = axis_sizes(known_config("qwen3-30b-a3b"))
+DEEPSEEK = known_config("deepseek-v3")
 
 
 @pytest.mark.parametrize("name", strategies())
@@ -66,6 +67,70 @@ def test_what_does_not_divide_is_named_with_the_rules() -> None:
         load_strategy("tp").shards(LLAMA, 16)
     with pytest.raises(ShardingError, match="expert=fill, tensor=2 needs a multiple of 2 devices, there are 7"):
         load_strategy("tp-ep").shards(LLAMA, 7)
+
+
+OVERRIDDEN = """
+mesh: {t: 4}
+rules:
+- mlp: t
+- experts: t
+- q_heads: t
+- vocab: t
+overrides:
+- layers.10.*: {mlp: t}
+- layers.*.shared_*: {mlp: null}
+- embed: {vocab: null}
+- layers.2.*: {mlp: null}
+"""
+
+
+def of_deepseek(overrides: str) -> Shards:
+    text = OVERRIDDEN if not overrides else OVERRIDDEN[: OVERRIDDEN.index("- layers.10")] + overrides
+    return parse_strategy("mine", text).shards(axis_sizes(DEEPSEEK), 4, param_axes(DEEPSEEK))
+
+
+def test_the_first_override_that_matches_a_parameter_wins() -> None:
+    shards = of_deepseek("")
+    found = {scope: shards.at(scope).count("mlp") for scope in ("layers.0", "layers.2", "layers.9", "layers.10")}
+    assert found == {"layers.0": 4, "layers.2": 1, "layers.9": 1, "layers.10": 4}
+    assert (shards.at("embed").count("vocab"), shards.at("lm_head").count("vocab")) == (1, 4)
+    assert shards.at("layers.20") == shards.at("layers.30"), "equal layers are traced once"
+    assert shards.at("layers.9").count("experts") == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "- layers.*.shared_down: {mlp: null}",
+            r"line 9: layers.3.shared_down and \S*gate_up are multiplied along mlp",
+        ),
+        (
+            "- layers.*.shred_up: {mlp: null}",
+            r"line 9: no parameter .* matches '\S*shred_up'; there is layers.*.shared",
+        ),
+        ("- layers.3: {mlp: null}", "line 9: no parameter of the model matches 'layers.3'"),
+        ("- layers.*.router: {mlp: null}", r"line 9: nothing that 'layers.\*.router' matches has an axis mlp"),
+        ("- layers.*.experts_*: {expert_mlp: t}", "layers.3.experts_gate_up would be cut over t twice, along experts"),
+        ("- lm_head: {vocab: x}", "line 9: the mesh has no axis 'x'; it has t"),
+        ("- layers.*.qkv: {kv_heads: t}", "line 9: kv_heads is cut alike everywhere: overrides are for vocab, mlp"),
+        ("- layers.*.down: {mpl: t}", "line 9: unknown key 'mpl'; did you mean mlp"),
+        ("- embed: t", "line 9: what an override says must be a mapping"),
+        ("- {embed: {}, lm_head: {}}", "line 9: an override has one pattern"),
+        ("- 'lay ers': {vocab: t}", "line 9: 'lay ers' is no path of a parameter"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_line(overrides: str, message: str) -> None:
+    with pytest.raises(ShardingError, match=message):
+        of_deepseek(overrides)
+
+
+def test_an_override_must_divide_and_leave_groups_what_they_need() -> None:
+    params = {"embed": {"vocab": 12, "embed": 8}, "lm_head": {"vocab": 12, "embed": 8}}
+    text = "mesh: {a: 2, b: 5}\nrules:\n- requests: a\noverrides:\n- embed: {vocab: %s}\n"
+    for axis, message in (("b", r"line 5: vocab 12 of embed does not divide over b = 5"), ("a", "embed: vocab cannot")):
+        with pytest.raises(ShardingError, match=message):
+            parse_strategy("mine", text % axis).shards({"vocab": (12,)}, 10, params)
 
 
 @pytest.mark.parametrize(
