@@ -11,11 +11,11 @@ from engine.model.families.keys import Keys
 from engine.model.families.moe import GRANITE_DEFAULTS, QWEN3_DEFAULTS, shared_expert, skip_losses, with_experts
 
 # Nothing in a state-space model has a longest context, and no key names one: what block tables can well hold.
-_CONTEXT = 131_072
+CONTEXT = 131_072
 MAMBA2_DEFAULTS: dict[str, Any] = {
     "num_heads": 128, "head_dim": 64, "hidden_size": 4096, "state_size": 128, "n_groups": 8, "expand": 2,
     "conv_kernel": 4, "num_hidden_layers": 64, "use_conv_bias": True, "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": _CONTEXT,
+    "max_position_embeddings": CONTEXT,
 }  # fmt: skip
 GRANITE_HYBRID_DEFAULTS: dict[str, Any] = GRANITE_DEFAULTS | {
     "shared_intermediate_size": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,

@@ -15,55 +15,13 @@ from engine.errors import ModelError
 from engine.model.config import ModelConfig, Rope
 from engine.model.families import model_config
 from engine.model.gguf_file import GgufFile
+from engine.model.weights.gguf_metadata import Metadata
+from engine.model.weights.gguf_recurrent import granite_hybrid, mamba2, qwen3_next
 
-# Keys of an architecture without effect on its results.
-INERT = frozenset({"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal"})
 ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 ROPE_FREQS = "rope_freqs.weight"
 
 ReadTensor = Callable[[str], np.ndarray]
-
-
-class Metadata:
-    """The keys of the file's architecture, whose reads are counted; `finish` refuses what nobody read."""
-
-    def __init__(self, file: GgufFile, arch: str) -> None:
-        self.file, self.arch = file, arch
-        self._read: set[str] = set(INERT)
-
-    def value(self, key: str, default: Any = None) -> Any:
-        self._read.add(key)
-        return self.file.metadata.get(f"{self.arch}.{key}", default)
-
-    def number(self, key: str, default: int | float | None = None) -> Any:
-        """A number, or a list of one equal number per layer. Without `default` the key is required."""
-        value = self.value(key, default)
-        if isinstance(value, list) and value:
-            if any(entry != value[0] for entry in value):
-                raise self.file.fail(f"{self.arch}.{key} differs between layers, which is not supported")
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            missing = "is missing" if value is None else f"must be a number, got {str(value)[:60]}"
-            raise self.file.fail(f"{self.arch}.{key} {missing}")
-        return value
-
-    @property
-    def head_dim(self) -> int:
-        hidden, heads = self.number("embedding_length"), self.number("attention.head_count")
-        head_dim = self.number("attention.key_length", hidden // heads if heads else 0)
-        if head_dim < 1:
-            raise self.file.fail(f"{self.arch}.attention.head_count {heads} does not divide embedding_length {hidden}")
-        return head_dim
-
-    def has(self, tensor: str) -> bool:
-        return tensor in self.file.tensors
-
-    def finish(self) -> None:
-        prefix = f"{self.arch}."
-        for key, value in self.file.metadata.items():
-            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read and value not in (0, False, []):
-                raise self.file.fail(f"{key} = {str(value)[:60]} is not supported for {self.arch} and could change "
-                                     "its results")  # fmt: skip
 
 
 def gguf_model_config(file: GgufFile, read: ReadTensor, max_model_len: int | None = None) -> ModelConfig:
@@ -73,7 +31,8 @@ def gguf_model_config(file: GgufFile, read: ReadTensor, max_model_len: int | Non
     if family is None:
         raise file.fail(f"general.architecture {arch!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     meta = Metadata(file, str(arch))
-    keys = {**_common(meta), **_rope(meta, read), **family(meta)}
+    attends = {} if arch in WITHOUT_ATTENTION else {**_common(meta), **_rope(meta, read)}
+    keys = {**attends, **family(meta)}
     meta.finish()
     try:
         config = model_config(keys, max_model_len)
@@ -89,15 +48,15 @@ def _common(meta: Metadata) -> dict[str, Any]:
     embedding = meta.file.tensors.get("token_embd.weight")
     if embedding is None:
         raise meta.file.fail("tensor 'token_embd.weight' is missing")
-    if meta.number("attention.value_length", head_dim) != head_dim:
+    if meta.number("attention.value_length", head_dim) != head_dim and meta.arch != "deepseek2":
         raise meta.file.fail(f"{meta.arch}.attention.value_length differs from key_length, which is not supported")
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": meta.number("embedding_length"),
         "intermediate_size": meta.number("feed_forward_length"),
-        "num_hidden_layers": meta.number("block_count"),
+        "num_hidden_layers": meta.num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.number("attention.head_count_kv", heads),
+        "num_key_value_heads": meta.kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": meta.number("context_length"),
         "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
@@ -123,12 +82,30 @@ def _rope(meta: Metadata, read: ReadTensor) -> dict[str, Any]:
             **scaling,
         }
     elif kind == "yarn":
-        keys["rope_scaling"] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        keys["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "beta_fast": meta.value("rope.scaling.yarn_beta_fast"),
+            "beta_slow": meta.value("rope.scaling.yarn_beta_slow"),
+            "attention_factor": meta.value("rope.scaling.yarn_attn_factor"),
+            **_yarn_of(meta),
+        }
     elif kind == "linear" or (kind == "none" and factor != 1.0):
         keys["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind != "none":
         raise meta.file.fail(f"{meta.arch}.rope.scaling.type {kind!r} is not supported here")
     return keys
+
+
+def _yarn_of(meta: Metadata) -> dict[str, Any]:
+    """What a model was trained with. llama.cpp rounds gpt-oss's ramp to whole dimensions, which the model does not."""
+    if meta.arch == "gpt-oss":
+        return {"truncate": False}
+    if meta.arch == "deepseek2":
+        both = 10 * meta.number("rope.scaling.yarn_log_multiplier", 0.0)  # the file has 0.1 mscale_all_dim, no mscale
+        return {"mscale": both, "mscale_all_dim": both}
+    return {}
 
 
 def _llama(meta: Metadata) -> dict[str, Any]:
@@ -201,9 +178,54 @@ def _granite_moe(meta: Metadata) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(meta: Metadata) -> dict[str, Any]:
+    pattern = meta.value("attention.sliding_window_pattern", 2)
+    if pattern != 2:
+        raise meta.file.fail(f"{meta.arch}.attention.sliding_window_pattern must be 2, got {str(pattern)[:60]}")
+    return {
+        "model_type": "gpt_oss",
+        "sliding_window": meta.number("attention.sliding_window"),
+        "intermediate_size": meta.number("expert_feed_forward_length"),
+        "num_local_experts": meta.number("expert_count"),
+        "num_experts_per_tok": meta.number("expert_used_count"),
+    }
+
+
+def _deepseek2(meta: Metadata) -> dict[str, Any]:
+    """DeepSeek-V2 scores by softmax, V3 by sigmoid. Files from before the cache held the latent have no "_mla" keys."""
+    scoring, groups = meta.value("expert_gating_func") or 1, meta.number("expert_group_count", 1)
+    if scoring not in (1, 2):
+        raise meta.file.fail(
+            f"{meta.arch}.expert_gating_func = {scoring} is not supported; 1 (softmax), 2 (sigmoid) are"
+        )
+    rope_dim = meta.number("rope.dimension_count")
+    keys: dict[str, Any] = {
+        "num_key_value_heads": meta.number("attention.head_count"),
+        "head_dim": rope_dim,
+        "partial_rotary_factor": 1.0,
+        "q_lora_rank": meta.value("attention.q_lora_rank"),
+        "kv_lora_rank": meta.number("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": meta.number("attention.key_length_mla", meta.head_dim) - rope_dim,
+        "v_head_dim": meta.number("attention.value_length_mla", meta.value("attention.value_length")),
+        "first_k_dense_replace": meta.number("leading_dense_block_count", 0),
+        "n_routed_experts": meta.number("expert_count"),
+        "num_experts_per_tok": meta.number("expert_used_count"),
+        "n_shared_experts": meta.number("expert_shared_count"),
+        "moe_intermediate_size": meta.number("expert_feed_forward_length"),
+        "routed_scaling_factor": meta.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(meta.value("expert_weights_norm", False)),
+        "n_group": groups,
+        "topk_group": meta.number("expert_group_used_count", 1),
+    }
+    if scoring == 2:
+        return {"model_type": "deepseek_v3", **keys}
+    return {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy" if groups > 1 else "greedy", **keys}
+
+
 def _qwen_moe(meta: Metadata) -> dict[str, Any]:
     """Which layers have experts the tensors tell; llama.cpp adds up the weights to one for Qwen3 alone."""
-    layers = range(meta.number("block_count"))
+    layers = range(meta.num_layers)
     keys = {
         "model_type": f"{meta.arch.removesuffix('moe')}_moe",
         "num_experts": meta.number("expert_count"),
@@ -230,7 +252,13 @@ ARCHITECTURES: dict[str, Callable[[Metadata], Mapping[str, Any]]] = {
     "qwen2moe": _qwen_moe,
     "qwen3moe": _qwen_moe,
     "olmo2": _plain("olmo2"),
+    "gpt-oss": _gpt_oss,
+    "deepseek2": _deepseek2,
+    "mamba2": mamba2,
+    "granitehybrid": lambda meta: {**_granite(meta), **granite_hybrid(meta)},
+    "qwen3next": lambda meta: {**_qwen_moe(meta), **qwen3_next(meta)},
 }
+WITHOUT_ATTENTION = frozenset({"mamba2"})
 
 
 def _with_tensors(config: ModelConfig, file: GgufFile, read: ReadTensor) -> ModelConfig:

@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 
 from engine.model.packing import Packing
-from engine.model.weights.packed import PackedRows
+from engine.model.weights.packed import TWICE_E2M1, PackedRows
 
 PACKINGS: dict[Kind, Packing] = {
     Kind.Q4_0: Packing("int4", 32),
@@ -25,6 +25,7 @@ PACKINGS: dict[Kind, Packing] = {
     Kind.Q4_K: Packing("int4", 32, symmetric=False),
     Kind.Q5_K: Packing("int8", 32, symmetric=False),
     Kind.Q6_K: Packing("int8", 16),
+    Kind.MXFP4: Packing("int8", 32, scale_dtype="bfloat16"),
 }
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # numbers [blocks, block], scales and offsets [blocks, groups]
 
@@ -100,6 +101,11 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     return numbers.astype(np.int8) - np.int8(32), _half(blocks, 208) * scales, None
 
 
+def _mxfp4(blocks: np.ndarray) -> Parts:
+    scales = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
+    return TWICE_E2M1[_halves(blocks[:, 1:], 16)], scales, None
+
+
 _UNPACK: dict[Kind, Callable[[np.ndarray], Parts]] = {
     Kind.Q4_0: _q4_0,
     Kind.Q4_1: _q4_1,
@@ -109,4 +115,5 @@ _UNPACK: dict[Kind, Callable[[np.ndarray], Parts]] = {
     Kind.Q4_K: _q4_k,
     Kind.Q5_K: _q5_k,
     Kind.Q6_K: _q6_k,
+    Kind.MXFP4: _mxfp4,
 }

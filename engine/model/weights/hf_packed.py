@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.errors import ModelError
 from engine.model.packing import Packing
-from engine.model.weights.packed import PackedRows
+from engine.model.weights.packed import TWICE_E2M1, PackedRows
 from pallas_kernels.quantized import Activations
 
 Read = Callable[[str], np.ndarray]  # a tensor by the end of its name
@@ -323,11 +323,8 @@ class Mxfp4(Scheme):
         if (scales == 255).any():
             raise ModelError("a block's scale is NaN")
         numbers = np.empty((len(blocks), k), np.int8)
-        numbers[:, ::2], numbers[:, 1::2] = _TWICE_E2M1[blocks & 15], _TWICE_E2M1[blocks >> 4]
+        numbers[:, ::2], numbers[:, 1::2] = TWICE_E2M1[blocks & 15], TWICE_E2M1[blocks >> 4]
         return PackedRows(numbers, np.ldexp(np.float32(1), scales.astype(np.int32) - 128))
-
-
-_TWICE_E2M1 = np.asarray([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 
 def mxfp4(keys: Config) -> Mxfp4:

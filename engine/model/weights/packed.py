@@ -22,6 +22,8 @@ from engine.model.weights.names import Piece
 from pallas_kernels.quantized import Quantized, tree_bytes
 from sharding.params import ParamSpec
 
+# Of each e2m1 number (OCP microscaling formats, 2023) by its bits, what is an integer.
+TWICE_E2M1 = np.asarray([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: fits a core's cache
 
 
