@@ -22,7 +22,7 @@ from engine.config import DEFAULT_MODEL
 from pallas_kernels.native import library
 
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 64
-XLA = ("matmul=reference", "quantized_matmul=reference")
+XLA = tuple(f"{op}=reference" for op in ("matmul", "quantized_matmul", "decode_attention", "prefill_attention"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, XLA": {"dtype": "bfloat16", "kernel": XLA},

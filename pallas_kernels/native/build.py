@@ -34,7 +34,8 @@ def build(target: Path) -> None:
         objects = [_compile(compiler, "native.cc", Path(folder) / "native.o", [f"-isystem{SOURCE}"])]
         for isa in isas:
             defined = [f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
-            objects.append(_compile(compiler, "kernels.cc", Path(folder) / f"{isa}.o", [*FLAGS[isa], *defined]))
+            for source in ("kernels.cc", "matmul.cc", "attention.cc"):
+                objects.append(_compile(compiler, source, Path(folder) / f"{source}.{isa}.o", [*FLAGS[isa], *defined]))
         partial = target.with_suffix(".partial")
         _run([compiler, "-shared", "-pthread", "-o", str(partial), *map(str, objects)])
         partial.replace(target)

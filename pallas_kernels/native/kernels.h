@@ -1,27 +1,65 @@
-// What one instruction set gives: products of a few rows with a matrix of weights, tile by tile.
-// Every instruction set compiles kernels.cc once for itself; native.cc chooses while running.
+// What one instruction set gives. matmul.cc and attention.cc are compiled once for each; native.cc chooses
+// while running. Everything is computed in float32 and in an order that a row's neighbours do not change.
 #pragma once
 #include <cstdint>
 
 namespace octavo {
 
-enum class WeightType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// One call, y[t, n] = sum over k of x[t, k] * w[k, n], in float32 and in the order of k for every t and n,
-// whatever the number of rows: a row's result does not depend on the rows beside it.
+// y[t, n] = sum over k of x[t, k] * w[k, n], in the order of k for every t and n.
 struct Matmul {
   const float* x;  // [tokens, k]
   const void* w;   // [k, n], or [n, k] when transposed
   float* y;        // [tokens, n]
   int64_t tokens, k, n;
-  WeightType type;
+  Type type;
   bool transposed;
 };
 
+// Attention of queries [tokens, q_heads, head_dim] over pages of rows of `width` elements, a row a token.
+struct Attention {
+  const void* q;
+  const void* pages;
+  const int32_t* tables;  // [rows, pages_per_seq]
+  const float* sinks;     // [q_heads], or null
+  void* out;              // [tokens, q_heads, value_dim], of q's type
+  bool q_is_bfloat16;
+  Type type;  // of the pages
+  int64_t q_heads, kv_heads, head_dim, value_dim;
+  int64_t pages_per_seq, page_size, width;
+  int64_t head_stride, value_offset;  // from a KV head's key to the next head's, and to its own value
+  int64_t exponents;                  // int8 pages: where a row's powers of two begin, key and value of each head
+  float scale, softcap;               // softcap 0: none
+  int64_t window;                     // 0: none
+};
+
+// Some queries of one sequence, the first at `position`, and some query heads of one KV head.
+struct Queries {
+  int64_t table;  // row of `tables`
+  int64_t token, count, position;
+  int64_t head, num_heads;
+};
+
+constexpr int64_t kPart = 512;     // keys folded on their own, from a multiple of it; then parts are merged in order
+constexpr int64_t kTaskRows = 32;  // queries times heads of one call
+constexpr int64_t kKeys = 32;      // folded at once
+
+inline int64_t state_floats(const Attention& a, int64_t rows) { return rows * (2 + a.value_dim); }
+inline int64_t scratch_floats(const Attention& a) {
+  return kTaskRows * (a.head_dim + kKeys) + 2 * state_floats(a, kTaskRows) + kKeys * (a.head_dim + a.value_dim);
+}
+
 struct Kernels {
   const char* name;
-  int64_t lanes;  // k and n are multiples of it
+  int64_t lanes;  // k, n are multiples of it, head_dim and value_dim of half of it
   void (*columns)(const Matmul&, int64_t begin, int64_t end);  // of y, multiples of `lanes`
+  // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.
+  void (*attend)(const Attention&, const Queries&, float* scratch);
+  // What one query sees of keys [kPart * part, kPart * (part + 1)), into state_floats of num_heads rows.
+  void (*attend_part)(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
+  // One query's result from the states of its parts, one behind the other; the first is overwritten.
+  void (*merge)(const Attention&, const Queries&, int64_t parts, float* states);
 };
 
 }  // namespace octavo

@@ -15,6 +15,8 @@ import jax
 
 LIBRARY = Path(__file__).parent / "libnative.so"
 MATMUL = "octavo_matmul"
+DECODE_ATTENTION = "octavo_decode_attention"
+PREFILL_ATTENTION = "octavo_prefill_attention"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def library(path: Path = LIBRARY) -> Library:
         if not isa:
             return Library("", "this CPU has none of the instruction sets that it was built for")
         jax.devices("cpu")  # before it exists, a kernel that it refuses would take the backend with it
-        jax.ffi.register_ffi_target(MATMUL, jax.ffi.pycapsule(loaded.octavo_matmul), platform="cpu")
+        for name in (MATMUL, DECODE_ATTENTION, PREFILL_ATTENTION):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         return Library("", f"{path.name} cannot be used: {' '.join(str(error).split())}")
     return Library(isa)

@@ -1,7 +1,10 @@
 // The entry points that XLA calls, and the choice of an instruction set.
 // XLA's foreign function interface: https://openxla.org/xla/custom_call
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -44,21 +47,15 @@ static const Kernels* found(const std::string& wanted) {
 // Tasks that a few threads take one after the other. Outlives the call: a helper that XLA's pool starts late
 // finds nothing to do, and nobody waits for it.
 struct Work {
-  std::vector<float> x;
-  Matmul matmul;
-  int64_t width;  // columns of a task
+  std::function<void(int64_t)> task;
   int64_t num_tasks;
-  void (*columns)(const Matmul&, int64_t, int64_t);
   std::atomic<int64_t> next{0}, done{0};
   std::mutex mutex;
   std::condition_variable all_done;
 
   void run() {
     int64_t mine = 0;
-    for (int64_t i = next++; i < num_tasks; i = next++, ++mine) {
-      const int64_t begin = i * width;
-      columns(matmul, begin, std::min(begin + width, matmul.n));
-    }
+    for (int64_t i = next++; i < num_tasks; i = next++, ++mine) task(i);
     if (mine && (done += mine) == num_tasks) {
       std::lock_guard<std::mutex> lock(mutex);
       all_done.notify_all();
@@ -70,6 +67,23 @@ struct Work {
     all_done.wait(lock, [this] { return done == num_tasks; });
   }
 };
+
+static int64_t threads_of(const ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
+
+// task(i) for every i below num_tasks, on XLA's threads and this one.
+static void run_all(ffi::ThreadPool& pool, int64_t num_tasks, std::function<void(int64_t)> task) {
+  auto work = std::make_shared<Work>();
+  work->task = std::move(task);
+  work->num_tasks = num_tasks;
+  for (int64_t i = 1; i < std::min(threads_of(pool), num_tasks); ++i) pool.Schedule([work] { work->run(); });
+  work->run();
+  work->wait();
+}
+
+static Type type_of(const ffi::AnyBuffer& buffer) {
+  if (buffer.element_type() == ffi::DataType::F32) return Type::kFloat32;
+  return buffer.element_type() == ffi::DataType::BF16 ? Type::kBFloat16 : Type::kInt8;
+}
 
 // x in float32: as it is, or widened into `to`.
 static const float* widened(std::vector<float>& to, const ffi::AnyBuffer& from) {
@@ -86,30 +100,147 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
                          std::string_view isa, bool transposed) {
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
-  auto work = std::make_shared<Work>();
-  Matmul& m = work->matmul;
-  m.x = widened(work->x, x);
+  std::vector<float> wide;
+  Matmul m{};
+  m.x = widened(wide, x);
   m.w = w.untyped_data();
   m.y = y->typed_data();
   m.tokens = x.dimensions()[0];
   m.k = x.dimensions()[1];
   m.n = y->dimensions()[1];
   m.transposed = transposed;
-  m.type = w.element_type() == ffi::DataType::F32    ? WeightType::kFloat32
-           : w.element_type() == ffi::DataType::BF16 ? WeightType::kBFloat16
-                                                     : WeightType::kInt8;
+  m.type = type_of(w);
   if (m.k % kernels->lanes || m.n % kernels->lanes)
     return ffi::Error::InvalidArgument("columns and rows must be whole vectors");
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t lines = m.n / kernels->lanes;
   // A few tasks a thread, so that a late one costs little; at least four register tiles each.
-  const int64_t wanted = std::max<int64_t>(1, std::min(lines / 4, 4 * threads));
-  work->width = (lines + wanted - 1) / wanted * kernels->lanes;
-  work->num_tasks = (m.n + work->width - 1) / work->width;
-  work->columns = kernels->columns;
-  for (int64_t i = 1; i < std::min(threads, work->num_tasks); ++i) pool.Schedule([work] { work->run(); });
-  work->run();
-  work->wait();
+  const int64_t wanted = std::max<int64_t>(1, std::min(lines / 4, 4 * threads_of(pool)));
+  const int64_t width = (lines + wanted - 1) / wanted * kernels->lanes;
+  run_all(pool, (m.n + width - 1) / width, [&](int64_t i) {
+    kernels->columns(m, i * width, std::min((i + 1) * width, m.n));
+  });
+  return ffi::Error::Success();
+}
+
+// What decode and prefill calls share. `heads` KV heads stand head_stride elements apart in a page's row, each key
+// value_offset before its value; exponents: where a quantized row's powers of two begin.
+struct Layout {
+  int64_t heads, head_stride, value_offset, exponents;
+};
+
+static Attention attention_of(const ffi::AnyBuffer& q, const ffi::AnyBuffer& pages, const ffi::BufferR2<ffi::S32>& tables,
+                              const ffi::BufferR1<ffi::F32>& sinks, ffi::Result<ffi::AnyBuffer>& out, const Layout& layout,
+                              float scale, float softcap, int64_t window) {
+  Attention a{};
+  a.q = q.untyped_data();
+  a.pages = pages.untyped_data();
+  a.tables = tables.typed_data();
+  a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  a.out = out->untyped_data();
+  a.q_is_bfloat16 = q.element_type() == ffi::DataType::BF16;
+  a.type = type_of(pages);
+  a.q_heads = q.dimensions()[1];
+  a.head_dim = q.dimensions()[2];
+  a.value_dim = out->dimensions()[2];
+  a.pages_per_seq = tables.dimensions()[1];
+  a.page_size = pages.dimensions()[1];
+  a.width = pages.dimensions()[2];
+  a.kv_heads = layout.heads;
+  a.head_stride = layout.head_stride;
+  a.value_offset = layout.value_offset;
+  a.exponents = layout.exponents;
+  a.scale = scale;
+  a.softcap = softcap;
+  a.window = window;
+  return a;
+}
+
+static float* scratch_of(const Attention& a) {
+  static thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < scratch_floats(a)) memory.resize(scratch_floats(a));
+  return memory.data();
+}
+
+// The queries of one row of tables, cut into what a task takes: kTaskRows queries times heads of one KV head.
+static void add_tasks(const Attention& a, Queries all, std::vector<Queries>& tasks) {
+  const int64_t group = a.q_heads / a.kv_heads, heads = std::min(group, kTaskRows), block = kTaskRows / heads;
+  for (int64_t head = 0; head < a.q_heads; head += group)
+    for (int64_t h = 0; h < group; h += heads)
+      for (int64_t i = 0; i < all.count; i += block)
+        tasks.push_back({all.table, all.token + i, std::min(block, all.count - i), all.position + i, head + h,
+                         std::min(heads, group - h)});
+}
+
+static void zero(const Attention& a, int64_t begin, int64_t end) {
+  const int64_t token = a.q_heads * a.value_dim * (a.q_is_bfloat16 ? 2 : 4);
+  std::memset(static_cast<char*>(a.out) + begin * token, 0, (end - begin) * token);
+}
+
+static ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::BufferR2<ffi::S32> tables,
+                         ffi::BufferR1<ffi::S32> lens, ffi::BufferR1<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out,
+                         std::string_view isa, int64_t heads, int64_t head_stride, int64_t value_offset,
+                         int64_t exponents, float scale, float softcap, int64_t window) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  const Attention a =
+      attention_of(q, pages, tables, sinks, out, {heads, head_stride, value_offset, exponents}, scale, softcap, window);
+  std::vector<Queries> tasks;
+  for (int64_t row = 0; row < lens.dimensions()[0]; ++row) {
+    const int64_t len = lens.typed_data()[row];
+    if (len > 0) add_tasks(a, {row, row, 1, len - 1, 0, 0}, tasks);
+    else zero(a, row, row + 1);
+  }
+  // A long context is cut into parts that threads share.
+  struct Part {
+    int64_t task, part, state;  // state -1: the task's only part
+  };
+  std::vector<Part> parts;
+  std::vector<int64_t> states(tasks.size());
+  int64_t floats = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const int64_t first = a.window ? std::max<int64_t>(tasks[i].position - a.window + 1, 0) / kPart : 0;
+    const int64_t last = tasks[i].position / kPart;
+    states[i] = floats;
+    for (int64_t p = first; p <= last; ++p) {
+      parts.push_back({static_cast<int64_t>(i), p, first == last ? -1 : floats});
+      if (first != last) floats += state_floats(a, tasks[i].num_heads);
+    }
+  }
+  std::vector<float> memory(floats);
+  run_all(pool, parts.size(), [&](int64_t i) {
+    const Part& part = parts[i];
+    const Queries& task = tasks[part.task];
+    if (part.state < 0) kernels->attend(a, task, scratch_of(a));
+    else kernels->attend_part(a, task, part.part, memory.data() + part.state, scratch_of(a));
+  });
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const int64_t end = i + 1 < tasks.size() ? states[i + 1] : floats;
+    const int64_t count = (end - states[i]) / state_floats(a, tasks[i].num_heads);
+    if (count) kernels->merge(a, tasks[i], count, memory.data() + states[i]);
+  }
+  return ffi::Error::Success();
+}
+
+static ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::BufferR2<ffi::S32> tables,
+                          ffi::BufferR1<ffi::S32> starts, ffi::BufferR1<ffi::S32> lens, ffi::BufferR1<ffi::S32> positions,
+                          ffi::BufferR1<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, std::string_view isa,
+                          int64_t heads, int64_t head_stride, int64_t value_offset, int64_t exponents, float scale,
+                          float softcap, int64_t window) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  const Attention a =
+      attention_of(q, pages, tables, sinks, out, {heads, head_stride, value_offset, exponents}, scale, softcap, window);
+  std::vector<Queries> tasks;
+  int64_t next = 0;  // tokens before it are somebody's, or zeroed
+  for (int64_t row = 0; row < lens.dimensions()[0]; ++row) {
+    const int64_t start = starts.typed_data()[row], len = lens.typed_data()[row];
+    if (len == 0) continue;
+    zero(a, next, start);
+    next = start + len;
+    add_tasks(a, {row, start, len, positions.typed_data()[row], 0, 0}, tasks);
+  }
+  zero(a, next, q.dimensions()[0]);
+  run_all(pool, tasks.size(), [&](int64_t i) { kernels->attend(a, tasks[i], scratch_of(a)); });
   return ffi::Error::Success();
 }
 
@@ -124,6 +255,36 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_matmul, octavo::matmul,
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<std::string_view>("isa")
                                   .Attr<bool>("transposed"));
+
+#define OCTAVO_ATTENTION_ATTRIBUTES   \
+  .Arg<ffi::BufferR1<ffi::F32>>()     \
+      .Ret<ffi::AnyBuffer>()          \
+      .Attr<std::string_view>("isa")  \
+      .Attr<int64_t>("heads")         \
+      .Attr<int64_t>("head_stride")   \
+      .Attr<int64_t>("value_offset")  \
+      .Attr<int64_t>("exponents")     \
+      .Attr<float>("scale")           \
+      .Attr<float>("softcap")         \
+      .Attr<int64_t>("window")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_decode_attention, octavo::decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>() OCTAVO_ATTENTION_ATTRIBUTES);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_prefill_attention, octavo::prefill,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>() OCTAVO_ATTENTION_ATTRIBUTES);
 #pragma GCC visibility pop
 
 // The best instruction set of this machine that was compiled in; "" when there is none.

@@ -14,14 +14,15 @@ vector of a token, and the result is [tokens, q_heads, layout.value_dim].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from jax import Array
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.kv_layout import KVLayout, check_pages
-from pallas_kernels.paged_attention import gpu, reference, tpu
+from pallas_kernels.paged_attention import cpu, gpu, reference, tpu
+from pallas_kernels.paged_attention.part import Part
 from pallas_kernels.target import Target
 
 
@@ -40,25 +41,35 @@ class AttentionSpec:
     softcap: float | None = None
     window: int | None = None
     sinks: bool = False
+    parts: int = 1  # devices that each page is spread over; page_size is of one part
 
 
 DECODE: tuple[Implementation[AttentionSpec], ...] = (
     Implementation("tpu", tpu.declines, tpu.decode),
     Implementation("gpu", gpu.declines, gpu.decode),
+    Implementation("cpu", cpu.declines, cpu.decode),
     Implementation("reference", never, reference.decode),
 )
 PREFILL: tuple[Implementation[AttentionSpec], ...] = (
     Implementation("tpu", tpu.declines, tpu.prefill),
     Implementation("gpu", gpu.declines, gpu.prefill),
+    Implementation("cpu", cpu.declines, cpu.prefill),
     Implementation("reference", never, reference.prefill),
 )
 
 
+def _keeps_no_sums(spec: AttentionSpec, target: Target) -> str | None:
+    """Over one device's part of the pages a kernel would have to see other keys, and return its log-sum-exp."""
+    return "reads whole pages and returns no log-sum-exp"
+
+
 def choice(spec: AttentionSpec, target: Target) -> Choice[AttentionSpec]:
     """What serves a call of these shapes on this chip, and why not the others."""
-    if spec.kind == "decode":
-        return choose("decode_attention", DECODE, spec, target)
-    return choose("prefill_attention", PREFILL, spec, target)
+    candidates = DECODE if spec.kind == "decode" else PREFILL
+    if spec.parts > 1:
+        *kernels, plain = candidates
+        candidates = (*(replace(kernel, declines=_keeps_no_sums) for kernel in kernels), plain)
+    return choose(f"{spec.kind}_attention", candidates, spec, target)
 
 
 def decode_attention(
@@ -132,6 +143,54 @@ def prefill_attention(
         window=window,
         sinks=sinks,
     )
+
+
+def decode_part(
+    q: Array,
+    kv_pages: Array,
+    block_tables: Array,
+    kv_lens: Array,
+    part: Part,
+    *,
+    target: Target,
+    layout: KVLayout,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Array | None = None,
+    **how: Any,
+) -> tuple[Array, Array]:
+    """`decode_attention` over those keys that are in this device's part of the pages [pages, part of a page, width].
+
+    Returns float32 values [rows, q_heads, layout.result_dim] and the log-sum-exp of their scores [rows, q_heads],
+    about -1e30 where no key is here. kv_lens, window and scale as for whole pages; sinks are counted where given.
+    """
+    how |= {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
+    spec = _spec("decode", q, kv_pages, block_tables, kv_lens, layout, softcap, window, sinks)
+    run = choice(replace(spec, parts=part.count), target).implementation.run
+    return run(q, kv_pages, block_tables, kv_lens, part=part, **how)
+
+
+def prefill_part(
+    q: Array,
+    kv_pages: Array,
+    block_tables: Array,
+    q_starts: Array,
+    q_lens: Array,
+    positions: Array,
+    part: Part,
+    *,
+    target: Target,
+    layout: KVLayout,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Array | None = None,
+    **how: Any,
+) -> tuple[Array, Array]:
+    """`prefill_attention` over the keys that are in this device's part of the pages; returns as `decode_part`."""
+    how |= {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
+    spec = _spec("prefill", q, kv_pages, block_tables, q_lens, layout, softcap, window, sinks)
+    run = choice(replace(spec, parts=part.count), target).implementation.run
+    return run(q, kv_pages, block_tables, q_starts, q_lens, positions, part=part, **how)
 
 
 def _spec(

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.kv_layout import KVLayout, unpack_rows
+from pallas_kernels.paged_attention.part import MASKED, Part
 from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 CHUNK_TOKENS = 128  # keys a loop turn sees
 BLOCK_QUERIES = 128  # queries of one prompt that share a loop
-State = tuple[Array, Array, Array]  # float32: highest score, sum of weights, weighted values
-MASKED = -1e30  # finite, so that exp(MASKED - MASKED) is 1 and not NaN; such weights are zeroed
+State = tuple[Array, Array, Array]  # float32: highest score (MASKED before any), sum of weights, weighted values
 
 
 def decode(
@@ -33,8 +33,9 @@ def decode(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Array | None = None,
-) -> Array:
-    """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
+    part: Part | None = None,
+) -> Array | tuple[Array, Array]:
+    """One query a row, at position kv_lens - 1. See `api.decode_attention`, and of a part `api.decode_part`."""
     rows, q_heads, head_dim = q.shape
     page_size, kv_heads, value_dim = kv_pages.shape[1], layout.kv_heads, layout.result_dim
     group = q_heads // kv_heads
@@ -44,12 +45,12 @@ def decode(
     queries = q.astype(jnp.float32).reshape(rows, kv_heads, group, head_dim)
     first_seen = jnp.maximum(kv_lens - window, 0) if window else jnp.zeros_like(kv_lens)
     # An idle row (kv_len 0) must not drag the loop to the start of the windowed rows' past.
-    first = jnp.min(jnp.where(kv_lens > 0, first_seen, jnp.max(kv_lens))) // chunk
-    last = -(-jnp.max(kv_lens) // chunk)
+    first = _keys_before(part, jnp.min(jnp.where(kv_lens > 0, first_seen, jnp.max(kv_lens))), page_size) // chunk
+    last = -(-_keys_before(part, jnp.max(kv_lens), page_size) // chunk)
 
     def turn(i: Array, state: State) -> State:
         pages = jax.lax.dynamic_slice_in_dim(block_tables, i * chunk_pages, chunk_pages, axis=1)
-        positions = i * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+        positions = _positions(part, i * chunk + jnp.arange(chunk, dtype=jnp.int32), page_size)[None, :]
         seen = (positions >= first_seen[:, None]) & (positions < kv_lens[:, None])
         kv = unpack_rows(kv_pages[pages].reshape(rows, chunk, -1), layout)
         kv = jnp.transpose(kv, (0, 2, 3, 1, 4))  # heads first, so that both products run on whole matrices
@@ -59,6 +60,8 @@ def decode(
         return state[0], state[1], state[2] + product("rkgc,rkcd->rkgd", weights, v)
 
     state = jax.lax.fori_loop(first, last, turn, initial_state((rows, kv_heads, group), value_dim, sinks))
+    if part is not None:
+        return finish(state).reshape(rows, q_heads, value_dim), log_sum_exp(state).reshape(rows, q_heads)
     return finish(state).astype(q.dtype).reshape(rows, q_heads, value_dim)
 
 
@@ -76,8 +79,9 @@ def prefill(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Array | None = None,
-) -> Array:
-    """Ragged prompt chunks on one token axis. See `api.prefill_attention`.
+    part: Part | None = None,
+) -> Array | tuple[Array, Array]:
+    """Ragged prompt chunks on one token axis. See `api.prefill_attention`, and of a part `api.prefill_part`.
 
     Walks blocks of queries prompt by prompt. A block may reach into the next prompt's
     tokens; what it writes there is overwritten by that prompt's own first block.
@@ -105,7 +109,7 @@ def prefill(
 
         def turn(i: Array, state: State) -> State:
             pages = jax.lax.dynamic_slice_in_dim(table, i * chunk_pages, chunk_pages)
-            kv_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            kv_pos = _positions(part, i * chunk + jnp.arange(chunk, dtype=jnp.int32), page_size)
             kv = unpack_rows(kv_pages[pages].reshape(chunk, -1), layout)
             kv = jnp.transpose(kv, (1, 2, 0, 3))
             v = jnp.where((kv_pos < kv_len)[None, :, None], kv[:, -1, :, :value_dim], 0.0)
@@ -116,17 +120,29 @@ def prefill(
             state, weights = online_softmax(state, scores, seen[None], scale, softcap)
             return state[0], state[1], state[2] + product("kqc,kcd->kqd", weights, v)
 
-        first = jnp.maximum(positions[row] + offset - window + 1, 0) // chunk if window else 0
+        unseen = jnp.maximum(positions[row] + offset - window + 1, 0) if window else jnp.int32(0)
+        first, last = (_keys_before(part, end, page_size) for end in (unseen, kv_len))
         per_query = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), block, axis=1)
         start_state = initial_state((kv_heads, group * block), value_dim, per_query)
-        state = jax.lax.fori_loop(first, -(-kv_len // chunk), turn, start_state)
-        result = finish(state).reshape(kv_heads, group, block, value_dim)
-        result = jnp.transpose(result, (2, 0, 1, 3)).astype(out.dtype)
+        state = jax.lax.fori_loop(first // chunk, -(-last // chunk), turn, start_state)
+        result = finish(state)
+        if part is not None:
+            result = jnp.concatenate([result, log_sum_exp(state)[..., None]], axis=-1)
+        result = jnp.transpose(result.reshape(kv_heads, group, block, -1), (2, 0, 1, 3)).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
 
-    out = jnp.zeros((*padded.shape[:-1], value_dim), q.dtype)
-    out = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, out)
-    return out[:tokens].reshape(tokens, q_heads, value_dim)
+    lanes, dtype = (value_dim, q.dtype) if part is None else (value_dim + 1, jnp.float32)
+    out = jnp.zeros((*padded.shape[:-1], lanes), dtype)
+    out = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, out)[:tokens].reshape(tokens, q_heads, lanes)
+    return out if part is None else (out[..., :value_dim], out[..., value_dim])
+
+
+def _keys_before(part: Part | None, position: Array, page_size: int) -> Array:
+    return position if part is None else part.keys_before(position, page_size)
+
+
+def _positions(part: Part | None, keys: Array, page_size: int) -> Array:
+    return keys if part is None else part.position_of(keys, page_size)
 
 
 def online_softmax(
@@ -151,6 +167,12 @@ def initial_state(shape: tuple[int, ...], value_dim: int, sinks: Array | None) -
         return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), acc
     top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(shape[-2:]), shape)
     return top, jnp.ones(shape, jnp.float32), acc
+
+
+def log_sum_exp(state: State) -> Array:
+    """Of the scores seen; MASKED where there are none."""
+    top, total, _ = state
+    return jnp.where(total == 0.0, MASKED, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
 
 
 def finish(state: State) -> Array:

@@ -1,4 +1,4 @@
-"""Paged attention on this machine's own path (the reference) against dense attention in numpy."""
+"""Paged attention on a CPU's own paths, the compiled kernels and plain JAX, against dense attention in numpy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ import pytest
 
 from pallas_kernels.kv_layout import kv_layout
 from pallas_kernels.kv_write import write_kv
-from pallas_kernels.paged_attention import decode_attention, prefill_attention
+from pallas_kernels.native import library
+from pallas_kernels.paged_attention import cpu, decode_attention, prefill_attention
 from pallas_kernels.paged_attention.api import choice
 from pallas_kernels.paged_attention.cases import CASES, Case
 from pallas_kernels.target import CPU, Target
 from tests.pallas_kernels.attention_calls import TOLERANCE, dense, fill, shift_pages, swap_keys_with_values
+
+NATIVE = Target(native=library().isa)
+needs_native = pytest.mark.skipif(not NATIVE.native, reason=library().missing)
+own_paths = pytest.mark.parametrize(
+    "target", [pytest.param(CPU, id="plain"), pytest.param(NATIVE, id="compiled", marks=needs_native)]
+)
+COMPILED = [case for case in CASES if cpu.declines(case.spec("cpu"), Target(native="avx2")) is None]
 
 
 def named(name: str) -> Case:
@@ -25,6 +33,25 @@ def named(name: str) -> Case:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_dense_attention(case: Case) -> None:
     assert fill(case).error() < TOLERANCE[case.dtype]
+
+
+@needs_native
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
+def test_compiled_kernels_equal_dense_attention(case: Case) -> None:
+    assert choice(case.spec("cpu"), NATIVE).implementation.name == "cpu"
+    assert fill(case, NATIVE).error() < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("decode_e5m2", "pages in float8_e5m2"),
+        ("decode_latent_int8", "a quantized latent has two scales a vector"),
+        ("decode_latent_lanes", "heads of 40 and values of 24: not multiples of 16"),
+    ],
+)
+def test_what_the_compiled_kernels_decline(name: str, reason: str) -> None:
+    assert ("cpu", reason) in choice(named(name).spec("cpu"), Target(native="avx512")).declined
 
 
 @pytest.mark.parametrize(
@@ -49,8 +76,9 @@ def test_the_reference_reads_an_accelerators_layout(name: str, platform: str) ->
         "prefill_all_idle",
     ],
 )
-def test_tokens_of_nobody_come_back_finite(name: str) -> None:
-    call = fill(named(name))
+@own_paths
+def test_tokens_of_nobody_come_back_finite(name: str, target: Target) -> None:
+    call = fill(named(name), target)
     call.q = jnp.nan_to_num(call.q)  # as in a step, where padding is the hidden state of token 0
     assert np.isfinite(call.run()).all()
 
@@ -58,31 +86,35 @@ def test_tokens_of_nobody_come_back_finite(name: str) -> None:
 BROKEN = ["decode_gqa_3", "decode_latent", "prefill_continues", "prefill_latent"]
 
 
+@own_paths
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_check_notices_keys_swapped_with_values(name: str) -> None:
-    call = fill(named(name))
+def test_the_check_notices_keys_swapped_with_values(name: str, target: Target) -> None:
+    call = fill(named(name), target)
     swap_keys_with_values(call)
     assert not call.error() < 0.1
 
 
+@own_paths
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_check_notices_a_shifted_page(name: str) -> None:
-    call = fill(named(name))
+def test_the_check_notices_a_shifted_page(name: str, target: Target) -> None:
+    call = fill(named(name), target)
     shift_pages(call, 1)
     assert not call.error() < 0.01
 
 
 @pytest.mark.parametrize("case", [named("decode_window"), named("prefill_window")], ids=lambda case: case.name)
-def test_the_check_notices_a_window_of_one_more(case: Case) -> None:
-    call = fill(case)
+@own_paths
+def test_the_check_notices_a_window_of_one_more(case: Case, target: Target) -> None:
+    call = fill(case, target)
     assert case.window is not None
     call.case = replace(case, window=case.window + 1)
     assert not call.error() < 0.01
 
 
 @pytest.mark.parametrize("name", ["decode_sinks", "prefill_sinks"])
-def test_the_check_notices_a_sink_left_out(name: str) -> None:
-    call = fill(named(name))
+@own_paths
+def test_the_check_notices_a_sink_left_out(name: str, target: Target) -> None:
+    call = fill(named(name), target)
     call.sinks = None
     assert not call.error() < 0.01
 
@@ -105,10 +137,11 @@ def test_the_check_notices_an_exponent_off_by_one(name: str, vector: int) -> Non
     assert not call.error() < 0.01
 
 
-def test_a_rows_result_does_not_depend_on_the_others() -> None:
+@own_paths
+def test_a_rows_result_does_not_depend_on_the_others(target: Target) -> None:
     """Bit for bit: the same row with long, short, idle and NaN-ridden neighbours."""
     case = Case(name="neighbours", lengths=(20, 300, 0, 77), window=50)
-    call = fill(case)
+    call = fill(case, target)
     together = call.run()
     spoilt = replace(call, pages=call.pages.at[call.tables[1, 17]].set(jnp.nan))
     assert np.isnan(spoilt.run()[1]).any(), "row 1 sees its own NaN"
@@ -118,10 +151,32 @@ def test_a_rows_result_does_not_depend_on_the_others() -> None:
         assert alone[row].tobytes() == together[row].tobytes() == spoilt.run()[row].tobytes()
 
 
-def test_written_keys_are_what_attention_reads() -> None:
+@needs_native
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(name="whole", lengths=(1100,), queries=(1100,), q_heads=3, kv_heads=1),  # parts are merged
+        Case(name="whole", lengths=(600,), queries=(600,), q_heads=8, kv_heads=2, window=70, softcap=9.0, sinks=True),
+        Case(name="whole", lengths=(560,), queries=(560,), kv_dtype="int8", dtype="bfloat16"),
+    ],
+    ids=["long", "window", "int8"],
+)
+def test_a_query_has_the_same_bits_in_every_chunk_and_as_a_decode_row(case: Case) -> None:
+    """Compiled kernels: what chunking, preemption and prefix hits change is not the result."""
+    call, length = fill(case, NATIVE), case.lengths[0]
+    whole = call.run()
+    for count in (1, 5, 33, 129):
+        part = replace(call, case=replace(case, queries=(count,)), q=call.q[length - count :])
+        assert part.run().tobytes() == whole[length - count :].tobytes(), count
+    row = replace(call, case=replace(case, queries=None), q=call.q[length - 1 :])
+    assert row.run().tobytes() == whole[length - 1 :].tobytes()
+
+
+@own_paths
+def test_written_keys_are_what_attention_reads(target: Target) -> None:
     """`write_kv` and `decode_attention` agree on the layout of a page."""
     case = Case(name="written", lengths=(21, 6))
-    call = fill(case)
+    call = fill(case, target)
     rng = np.random.default_rng(0)
     k, v = (rng.normal(size=(27, case.kv_heads, case.head_dim)).astype(np.float32) for _ in range(2))
     row = np.repeat([0, 1], case.lengths)
@@ -134,7 +189,7 @@ def test_written_keys_are_what_attention_reads() -> None:
         jnp.asarray(page_ids),
         jnp.asarray(position % case.page_size, jnp.int32),
         layout=case.layout("cpu"),
-        target=CPU,
+        target=target,
     )
     for i, length in enumerate(case.lengths):
         call.expected[i] = dense(np.asarray(call.q[i]), k[row == i], v[row == i], length - 1, case, call.scale, None)
