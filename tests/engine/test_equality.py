@@ -112,15 +112,16 @@ def test_tokens_equal_naive_forward(block: int, overlap: bool) -> None:
 
 
 # Latents come with experts, and test_llm has packed weights: the others compile for as long again.
-SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "delta", "packed")]
+SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "delta", "packed", "GPTQ", "mxfp4")]
 
 
-@pytest.mark.parametrize("kind", [*SELDOM, "latent", "states"])
+@pytest.mark.parametrize("kind", [*SELDOM, "latent", "states", "Q4_K", "ngram"])
 @pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> None:
     """The same net over packed weights and a quantized cache: what is stored never depends on chunks or hits.
 
-    And over recurrent states, which do depend on chunks, but only by rounding.
+    And over recurrent states, which do depend on chunks, but only by rounding. Of checkpoints that stay packed as they
+    are stored, the naive forward multiplies by the float32 weights that their format says.
     """
     for seed in range(300 + block * 6, 306 + block * 6):
         run_schedule(world(kind), seed, overlap=seed % 2 == 0)

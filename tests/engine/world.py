@@ -6,13 +6,17 @@ sequence at a time, logits from a naive full forward.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 
 from engine.config import EngineConfig
 from engine.executables import NoProgramCache, compile_all
@@ -20,6 +24,8 @@ from engine.loop import Engine
 from engine.model.config import DeltaRule, Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
 from engine.model.params import param_specs
 from engine.model.quantization import pack
+from engine.model.weights.gguf import GgufCheckpoint, open_gguf
+from engine.model.weights.hf import HfCheckpoint, open_hf
 from engine.programs import compute_of, serving_programs, slots_of
 from engine.request import FinishReason, Request, SamplingParams, TextDelta
 from engine.runner import Runner
@@ -28,8 +34,11 @@ from engine.stats import Counters
 from pallas_kernels.paged_attention.checks import check_block_tables
 from pallas_kernels.target import CPU
 from sharding.params import init_array
+from tests.model.quantized_folders import gptq, requantize_fixture
+from tests.model.test_packed_gguf import load_both, write
 from tests.oracle import naive_logits
 
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 ROPE = Rope(tuple(10000.0 ** (-i / 8) for i in range(8)))
 MODEL = ModelConfig(
     family="test",
@@ -106,7 +115,22 @@ KINDS = {
     "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
     "states": (STATE_SPACE, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
     "delta": (DELTA, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
+    "ngram": (MODEL, replace(FEWER, draft_tokens=3)),
     "packed": (MODEL, replace(FEWER, quantization="int8", kv_cache_dtype="int8")),
+}
+STORED = replace(FEWER, prefill_decode_buckets=(6,))
+# And over checkpoints that stay packed as they are stored, each written into a folder.
+CHECKPOINTS: dict[str, Callable[[Path], GgufCheckpoint | HfCheckpoint]] = {
+    "Q4_K": lambda folder: open_gguf(write(folder / "model.gguf", {"attn_v": Kind.Q6_K}, Kind.Q4_K, vocab=97)),
+    "GPTQ": lambda folder: open_hf(
+        requantize_fixture(
+            "llama",
+            folder / "gptq",
+            {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False},
+            gptq(4, 16, sym=False),
+        )
+    ),
+    "mxfp4": lambda _: open_gguf(FIXTURES / "gguf" / "gpt_oss" / "model.gguf"),
 }
 
 
@@ -114,7 +138,7 @@ KINDS = {
 class World:
     model: ModelConfig
     config: EngineConfig
-    params: dict[str, Any]
+    params: dict[str, Any]  # that the oracle computes with
     runner: Runner
     counters: Counters
 
@@ -137,6 +161,8 @@ def fading(name: str) -> np.float32:
 
 @cache
 def world(kind: str = "float") -> World:
+    if kind in CHECKPOINTS:
+        return _stored_world(CHECKPOINTS[kind])
     model, config = KINDS[kind]
     rng = np.random.default_rng(3)
     params = {
@@ -144,11 +170,23 @@ def world(kind: str = "float") -> World:
         for name, spec in param_specs(model, jnp.dtype(jnp.float32)).items()
     }
     params["embed"] *= 4.0
+    return _world(model, config, params, params)
+
+
+def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> World:
+    """Its oracle computes in float32 with the weights that the format says."""
+    with tempfile.TemporaryDirectory() as folder:
+        both = load_both(open_in(Path(folder)))
+    config = replace(STORED, stored=tuple(both.packings.items()))
+    return _world(both.opened.config, config, both.packed, jax.device_put(both.wide))
+
+
+def _world(model: ModelConfig, config: EngineConfig, params: dict[str, Any], wide: dict[str, Any]) -> World:
     counters = Counters()
     executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, progress: None)
     runner = Runner(model, config, params, executables, counters)
     runner.warm_up()
-    return World(model, config, params, runner, counters)
+    return World(model, config, wide, runner, counters)
 
 
 @dataclass

@@ -56,7 +56,16 @@ def _logits(config: ModelConfig, name: str) -> list[np.ndarray]:
     return [naive_logits(config, params, tokens) for tokens in texts]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# What is special in these the others have too, or only the config.
+SELDOM = ("deepseek_v2", "granitehybrid_dense")
+
+
+def kinds(*without: str) -> list[Any]:
+    named = [name for name in NAMES if name not in without]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in named]
+
+
+@pytest.mark.parametrize("name", kinds())
 def test_logits_and_greedy_tokens_of_transformers(name: str) -> None:
     want = expected(name)
     for i, got in enumerate(logits(name)):
@@ -76,7 +85,7 @@ def apart_from_llama_cpp(name: str, got: list[np.ndarray]) -> float:
     return apart
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("deepseek_v2", "gpt_oss")])
+@pytest.mark.parametrize("name", kinds("deepseek_v2", "gpt_oss"))
 def test_logprobs_of_llama_cpp(name: str) -> None:
     """It opens DeepSeek-V2 without a query rank only in the depths of the published models."""
     assert apart_from_llama_cpp(name, logits(name)) < TOLERANCE

@@ -46,7 +46,7 @@ def random_blocks(rng: np.random.Generator, kind: Kind, shape: tuple[int, int]) 
     return raw.reshape(shape[0], -1)
 
 
-def write(path: Path, kinds: dict[str, Kind], default: Kind, arch: str = "llama") -> Path:
+def write(path: Path, kinds: dict[str, Kind], default: Kind, arch: str = "llama", vocab: int = VOCAB) -> Path:
     """A model of one layer; `kinds` names the tensors whose type is not the default."""
     rng = np.random.default_rng(11)
     writer = gguf.GGUFWriter(path, arch)
@@ -55,7 +55,7 @@ def write(path: Path, kinds: dict[str, Kind], default: Kind, arch: str = "llama"
                        ("attention.head_count_kv", 2)):  # fmt: skip
         writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
-    embed = gguf.quants.quantize(rng.standard_normal((VOCAB, HIDDEN), np.float32), Kind.Q8_0)
+    embed = gguf.quants.quantize(rng.standard_normal((vocab, HIDDEN), np.float32), Kind.Q8_0)
     writer.add_tensor("token_embd.weight", embed, raw_dtype=Kind.Q8_0)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32))
@@ -130,7 +130,7 @@ def weights_in(both: Both, name: str) -> int:
 @pytest.mark.parametrize("kind", BITS, ids=lambda kind: kind.name)
 def test_kept_packed_without_loss(kind: Kind, tmp_path: Path) -> None:
     both = load_both(open_gguf(write(tmp_path / "model.gguf", {}, kind)))
-    if kind in (Kind.Q8_0, Kind.Q4_K):  # a program is compiled for each; the others' weights are of the same kinds
+    if kind == Kind.Q8_0:  # a program is compiled; the others' weights are of the same kinds or in the equality net
         check_logits(both)
     assert set(both.packings) == {f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down")}
     for name in both.packings:
@@ -154,8 +154,6 @@ def test_mixed_types_share_a_wider_packing(
     assert both.packings["layers.0.qkv"] == qkv
     assert tree_bytes(both.packed["layers.0.qkv"]) * 8 == bits * weights_in(both, "layers.0.qkv")
     check_equal(both)
-    if default == Kind.Q4_K:
-        check_logits(both)
 
 
 def test_the_order_of_other_architectures(tmp_path: Path) -> None:
