@@ -16,15 +16,16 @@ from jax import Array
 
 from engine.model.config import Latent, LayerSpec, ModelConfig
 from engine.model.mixers import AttentionInput, RecurrentInput
+from engine.model.place import Place
 from engine.pages import TRASH_PAGE
 from engine.recur import LayerStates, StatesView, recur
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.latent_attention import expanded_prefill
-from pallas_kernels.paged_attention import decode_attention, prefill_attention
+from pallas_kernels.paged_attention import decode_attention, decode_part, prefill_attention, prefill_part
+from pallas_kernels.paged_attention.part import MASKED, Part
 from pallas_kernels.products import product
 from pallas_kernels.states import DecodeStates, PrefillStates
-from pallas_kernels.target import Target
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +71,13 @@ class CacheView:
     prefill: PrefillRows | None
     states: StatesView
 
+    def written_here(self, part: Part | None, size: int) -> tuple[Array, Array]:
+        """page_ids and offsets on a device with pages of so many tokens: the trash page for what is another's."""
+        if part is None:
+            return self.page_ids, self.offsets
+        here = part.is_here(self.offsets, size)
+        return jnp.where(here, self.page_ids, TRASH_PAGE), self.offsets % size
+
     @property
     def is_live(self) -> Array:
         """bool [tokens]: those of a sequence; the others are idle rows and padding."""
@@ -95,10 +103,13 @@ def cache_view(
 
 @dataclass(frozen=True)
 class Memory:
-    """The decoder's `Attend` over pages of one layout and recurrent states, for one chip."""
+    """The decoder's `Attend` over pages of one layout and recurrent states, for one chip.
+
+    Where pages are spread over devices, each attends over its own keys, and their results are merged.
+    """
 
     layout: KVLayout
-    target: Target
+    place: Place
 
     def __call__(
         self,
@@ -110,7 +121,7 @@ class Memory:
     ) -> tuple[Array, Array | LayerStates]:
         """(values, what the layer keeps). See `engine.model.mixers.Attend`."""
         if isinstance(brought, RecurrentInput) and isinstance(cache, LayerStates):
-            return recur(view.states, cache, brought, self.target)
+            return recur(view.states, cache, brought, self.place.target)
         if isinstance(brought, AttentionInput) and isinstance(cache, Array):
             return self._attend(config, layer, view, cache, brought)
         raise TypeError(f"a {layer.mixer} layer brings {type(brought).__name__} to {type(cache).__name__}")
@@ -119,8 +130,10 @@ class Memory:
         self, config: ModelConfig, layer: LayerSpec, view: CacheView, kv_pages: Array, brought: AttentionInput
     ) -> tuple[Array, Array]:
         """Write k and v, then attend: (values, the layer's pages)."""
-        on: dict[str, Any] = {"layout": self.layout, "target": self.target}
-        kv_pages = write_kv(kv_pages, brought.k, brought.v, view.page_ids, view.offsets, **on)
+        on: dict[str, Any] = {"layout": self.layout, "target": self.place.target}
+        part = self.place.part
+        page_ids, offsets = view.written_here(part, kv_pages.shape[1])
+        kv_pages = write_kv(kv_pages, brought.k, brought.v, page_ids, offsets, **on)
         num_decode, prefill = view.decode_lens.shape[0], view.prefill
         how = on | {
             "scale": config.attention_scale,
@@ -128,20 +141,35 @@ class Memory:
             "window": layer.window,
             "sinks": brought.sinks,
         }
+        see_decode, see_prefill = self._ways(part, how)
         parts = []
         if num_decode:
             rows = (view.decode_tables, view.decode_lens)
-            see = partial(decode_attention, **how)
-            parts.append(_seen(config.latent, see, brought.part(0, num_decode), kv_pages, *rows))
+            parts.append(_seen(config.latent, see_decode, brought.part(0, num_decode), kv_pages, *rows))
         if prefill is not None:
             rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
             queries = brought.part(num_decode, None)
-            if brought.up and expands(config, layer, queries.q.shape[0]):
+            if brought.up and part is None and expands(config, layer, queries.q.shape[0]):
                 scale = config.attention_scale
                 parts.append(expanded_prefill(queries.q, kv_pages, *rows, *brought.up, scale=scale, **on))
             else:
-                parts.append(_seen(config.latent, partial(prefill_attention, **how), queries, kv_pages, *rows))
+                parts.append(_seen(config.latent, see_prefill, queries, kv_pages, *rows))
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv_pages
+
+    def _ways(self, part: Part | None, how: dict[str, Any]) -> tuple[Callable[..., Array], Callable[..., Array]]:
+        """How decode rows, and prefill tokens, see pages."""
+        if part is None:
+            return partial(decode_attention, **how), partial(prefill_attention, **how)
+        if how["sinks"] is not None:  # they count once
+            how = how | {"sinks": jnp.where(part.index == 0, how["sinks"], MASKED)}
+
+        def merging(see: Callable[..., tuple[Array, Array]]) -> Callable[..., Array]:
+            def whole(q: Array, *pages: Array) -> Array:
+                return self.place.merged(*see(q, *pages, part, **how)).astype(q.dtype)
+
+            return whole
+
+        return merging(decode_part), merging(prefill_part)
 
 
 def expands(config: ModelConfig, layer: LayerSpec, num_queries: int) -> bool:

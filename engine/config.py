@@ -99,7 +99,7 @@ class EngineConfig:
     kv_cache_dtype: KVDtype
     quantization: Literal["int8", "int4", "fp8"] | None  # what weights are packed into while loading
     target: Target  # what the programs are compiled for
-    page_size: int
+    page_size: int  # of a whole page, where its tokens are spread over devices
     num_pages: int  # page 0 is the trash page: written by idle rows, read by none
     decode_steps: int
     token_buckets: tuple[int, ...]  # prefill tokens a step, ascending
@@ -121,6 +121,11 @@ class EngineConfig:
     def num_groups(self) -> int:
         """Groups of requests; all numbers here are of one of them."""
         return self.shards.num_groups
+
+    @property
+    def part_size(self) -> int:
+        """Tokens of a page on one device."""
+        return self.page_size // self.shards.count("sequence")
 
     @property
     def num_states(self) -> int:

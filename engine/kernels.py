@@ -52,7 +52,7 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
                 yield from _recurrent_choices(model, config, key)
                 continue
             yield from _attention_choices(model, config, layout, spec, key)
-            yield kv_write.choice(kv_write.WriteSpec(tokens, config.page_size, layout), config.target)
+            yield kv_write.choice(kv_write.WriteSpec(tokens, config.part_size, layout), config.target)
         for rows, weight in matmuls:
             x = jax.ShapeDtypeStruct((tokens * rows, weight.shape[-2]), jnp.dtype(config.dtype))
             if len(weight.shape) == 3:
@@ -101,17 +101,23 @@ def _attention_choices(
     shared: dict[str, Any] = {
         "pages_per_seq": config.max_pages_per_seq,
         "q_heads": model.num_q_heads,
-        "page_size": config.page_size,
+        "page_size": config.part_size,
         "dtype": config.dtype,
         "layout": layout,
     }
-    how: dict[str, Any] = {"softcap": model.attention_softcap, "window": layer.window, "sinks": model.attention_sinks}
+    parts = config.shards.count("sequence")
+    how: dict[str, Any] = {
+        "softcap": model.attention_softcap,
+        "window": layer.window,
+        "sinks": model.attention_sinks,
+        "parts": parts,
+    }
     if key.rows:
         decode = AttentionSpec(kind="decode", tokens=key.rows, rows=key.rows, **shared, **how)
         yield paged_attention.choice(decode, config.target)
     prefill: dict[str, Any] = {"tokens": key.tokens, "rows": config.max_prefill_rows}
     latent = model.latent
-    if key.tokens and latent is not None and expands(model, layer, key.tokens):
+    if key.tokens and latent is not None and parts == 1 and expands(model, layer, key.tokens):
         sizes: dict[str, Any] = {"nope_dim": latent.nope_dim, "value_dim": latent.value_dim}
         yield latent_attention.choice(ExpandedSpec(**prefill, **shared, **sizes), config.target)
     elif key.tokens:

@@ -40,7 +40,7 @@ from engine.placement import placer
 from engine.plan import Layout
 from engine.programs import held_bytes, page_bytes, serving_programs, step_program
 from engine.replica import Replica
-from engine.resolve import DeviceFacts, resolve, shards_of, usable_bytes, with_pages
+from engine.resolve import DeviceFacts, page_size_of, resolve, shards_of, usable_bytes, with_pages
 from engine.runner import Runner
 from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
@@ -167,6 +167,7 @@ def layouts(
                 "sharding", f"divides requests into {shards.num_groups} groups, not {runner.config.num_groups}: "
                 "that is for a new start",
             )  # fmt: skip
+        page_size_of(runner.config.page_size, 0, shards)  # raises where it does not divide
         counters.ready = False  # these compilations are announced
         try:
             config = size_pool(options, model, replace(runner.config, shards=shards), device, cache_for)

@@ -94,9 +94,10 @@ def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:
-    """Of what each layer keeps. Pages are cut by KV heads; a latent row serves all heads and is on every device."""
+    """Of what each layer keeps. Pages are cut by KV heads; a latent row serves all heads and is on every device.
+    Where pages are spread over a sequence's devices, each has some of every page's tokens."""
     groups, heads = group_cut(config), config.shards.axes("kv_heads") or None if model.latent is None else None
-    pages = PartitionSpec(*groups, None, heads)
+    pages = PartitionSpec(*groups, config.shards.axes("sequence") or None, heads)
     return tuple(groups if layer.recurrent else pages for layer in model.layers)
 
 
@@ -122,7 +123,7 @@ def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerS
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes on one device of one page in all layers; 0 where no layer attends."""
     num_paged = model.num_layers - model.num_recurrent_layers
-    return config.page_size * compute_of(model, config).kv.token_bytes * num_paged
+    return config.part_size * compute_of(model, config).kv.token_bytes * num_paged
 
 
 def state_bytes(model: ModelConfig, config: EngineConfig) -> int:

@@ -111,7 +111,7 @@ def resolve(
         state_checkpoints=checkpoints,
         target=target,
         shards=shards,
-        page_size=options.page_size or defaults.page_size,
+        page_size=page_size_of(options.page_size, defaults.page_size, shards),
         num_pages=2,
         decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),
         token_buckets=ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
@@ -124,12 +124,22 @@ def resolve(
     )
 
 
+def page_size_of(asked: int | None, default: int, shards: Shards) -> int:
+    """Tokens in a page; by default each device that it is spread over gets as many as a whole one has elsewhere."""
+    parts = shards.count("sequence")
+    if asked is not None and asked % parts:
+        raise InvalidParam("page_size", f"{asked} does not divide over the {parts} devices that have a page's tokens")
+    return asked or default * parts
+
+
 def shards_of(sharding: str, model: ModelConfig, num_devices: int) -> Shards:
     """What a sharding file, or one of configs/sharding, comes to for the model on so many devices."""
     try:
         shards = load_strategy(sharding).shards(axis_sizes(model), num_devices, param_axes(model))
     except ShardingError as error:
         raise InvalidParam("sharding", str(error)) from None
+    if shards.count("sequence") > 1 and model.num_recurrent_layers == model.num_layers:
+        raise InvalidParam("sharding", "spreads the pages of a sequence, but no layer of the model keeps any")
     if shards.num_groups > 1 and model.recurrence is not None:
         raise InvalidParam("sharding", "divides requests, which is not there for recurrent layers")
     replicated(model, shards)  # raises where query heads do not divide over the copies of their KV head

@@ -177,7 +177,7 @@ def forward(
     """Hidden states [tokens, embed] of decode rows then prefill tokens, whose KV is written first; and how many
     tokens chose each expert of each layer."""
     view, positions = cache_view(decode, prefill, tokens.shape[0], compute.page_size)
-    attend = Memory(compute.kv, compute.target)
+    attend = Memory(compute.kv, compute.place)
     model, place = compute.model, compute.place
     hidden, kv, chosen = decoder.hidden_states(model, params, tokens, positions, kv, view, attend, place)
     return kv, hidden, place.total(expert_load(model, chosen, view.is_live)) if chosen else None

@@ -28,9 +28,25 @@ import yaml
 
 from sharding.shards import Axis, Override, Shards, scope_of
 
-LOGICAL_AXES = ("requests", "vocab", "embed", "kv_heads", "q_heads", "head_dim", "mlp", "experts", "expert_mlp")
+LOGICAL_AXES = (
+    "requests",
+    "sequence",
+    "vocab",
+    "embed",
+    "kv_heads",
+    "q_heads",
+    "head_dim",
+    "mlp",
+    "experts",
+    "expert_mlp",
+)
+OF_NO_WEIGHT = ("requests", "sequence")
 UNCUT = ("embed", "head_dim")  # a cut there would need a sum after every layer's first product
-PER_REQUEST = ("vocab", "kv_heads", "q_heads")  # computed by each group of requests for itself
+# What needs all of something that an axis cuts cannot be cut over the same mesh axes.
+APART = {
+    "requests": (("vocab", "kv_heads", "q_heads", "sequence"), "requests are divided there, and each group needs all"),
+    "sequence": (("kv_heads", "q_heads"), "a sequence's pages are spread there, and each head needs all of them"),
+}
 REPLICABLE = ("kv_heads",)  # a copy still has query heads of its own to serve; of others it would do the same work
 OVERRIDABLE = ("vocab", "mlp", "experts", "expert_mlp")  # heads are cut as pages are, and those alike in all layers
 Parameters = Mapping[str, Mapping[str, int]]  # path: size of each logical axis of the parameter
@@ -96,7 +112,7 @@ class Strategy:
         mesh = self._filled(num_devices)
         found: dict[str, tuple[str, ...]] = {}
         copies: dict[str, int] = {}
-        for logical, its_sizes in {"requests": (), **sizes}.items():
+        for logical, its_sizes in {**dict.fromkeys(OF_NO_WEIGHT, ()), **sizes}.items():
             rules = [rule for rule in self.rules if rule.logical == logical]
             for rule in rules:
                 held_by = rule.copies(its_sizes, math.prod(mesh[axis] for axis in rule.mesh_axes))
@@ -120,12 +136,12 @@ class Strategy:
         return shards
 
     def _check_apart(self, where: str, shards: Shards) -> None:
-        """What each group of requests needs all of is not cut where they are divided."""
-        for logical in PER_REQUEST:
-            shared = set(shards.axes(logical)) & set(shards.axes("requests"))
-            if shared:
-                raise ShardingError(f"sharding {self.name}: {where}{logical} cannot be cut over {', '.join(shared)}: "
-                                    "requests are divided there, and each group needs all of it")  # fmt: skip
+        for other, (needs_all, why) in APART.items():
+            for logical in needs_all:
+                shared = set(shards.axes(logical)) & set(shards.axes(other))
+                if shared:
+                    raise ShardingError(f"sharding {self.name}: {where}{logical} cannot be cut over "
+                                        f"{', '.join(sorted(shared))}: {why}")  # fmt: skip
 
     def _check_once(self, name: str, axes: Iterable[str], shards: Shards) -> None:
         taken: dict[str, str] = {}

@@ -222,23 +222,34 @@ class _Counter:
         return read + self._product(weight, rows, *weight.shape[1:])
 
     def _attention(self, spec: LayerSpec) -> Count:
-        pairs = sum(span.pairs(spec.window) for span in self.step.spans)
-        keys = sum(span.keys(spec.window) for span in self.step.spans)
-        new = sum(span.tokens * span.sequences for span in self.step.spans)
+        """Of the keys that this device has a part of the pages of: all of them, or as many as each other."""
+        parts = self.shards.count("sequence")
+        pairs = sum(span.pairs(spec.window) for span in self.step.spans) / parts
+        keys = sum(span.keys(spec.window) for span in self.step.spans) / parts
+        new = sum(span.tokens * span.sequences for span in self.step.spans) / parts
         heads, flops = self.model.num_q_heads, 0.0
         if self.model.latent is None:
             flops = 2.0 * heads * 2 * self.model.head_dim * pairs
         else:
             flops = heads * self._latent_flops(spec, pairs, keys)
-        return Count(((self.config.dtype, flops),), cache_bytes=(keys + new) * self.layout.token_bytes)
+        cache_bytes = (keys + new) * self.layout.token_bytes
+        return Count(((self.config.dtype, flops),), cache_bytes=cache_bytes, collectives=self._merged(heads))
 
-    def _latent_flops(self, spec: LayerSpec, pairs: int, keys: int) -> float:
+    def _merged(self, heads: int) -> tuple[Collective, ...]:
+        """Of attention over parts of the pages: the highest scores, then float32 values and what divides them."""
+        axes = self.shards.axes("sequence")
+        each = 4.0 * self.step.tokens * heads
+        sizes = (each, each * (self.layout.result_dim + 1))
+        return tuple(Collective("all-reduce", axes, size) for size in sizes) if axes else ()
+
+    def _latent_flops(self, spec: LayerSpec, pairs: float, keys: float) -> float:
         """Of one head: expanded where the step does so, else absorbed. See `engine.attend.expands`."""
         latent, tokens = self.model.latent, self.step.tokens
         if latent is None:
             raise ValueError("the config has no latent")
         up = latent.kv_rank * (latent.nope_dim + latent.value_dim)
-        if self.step.spans[0].tokens > 1 and expands(self.model, spec, tokens):
+        is_whole = self.shards.count("sequence") == 1
+        if self.step.spans[0].tokens > 1 and is_whole and expands(self.model, spec, tokens):
             return 2.0 * (keys * up + pairs * (latent.nope_dim + latent.rope_dim + latent.value_dim))
         return 2.0 * (tokens * up + pairs * (latent.row_dim + latent.kv_rank))
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from engine.errors import InvalidParam
 from engine.model.config import ModelConfig
+from pallas_kernels.paged_attention.part import Part
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import CPU, Target
 from sharding.params import ParamSpec
@@ -59,6 +60,23 @@ class Place:
             return x
         size = x.shape[0] // self.shards.parts(groups)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(groups) * size, size)
+
+    @property
+    def part(self) -> Part | None:
+        """What this device has of every page; None: all of it."""
+        count = self.count("sequence")
+        return Part(jnp.int32(self.index("sequence")), count) if count > 1 else None
+
+    def merged(self, values: Array, lse: Array) -> Array:
+        """float32 attention over all keys, from that over each device's part of the pages.
+
+        values [..., dim], and the log-sum-exp of their scores [...] (arXiv 2205.14135, section 3.1; 2310.01889):
+        the parts' numerators and denominators are added up on the scale of the highest.
+        """
+        axes = self.shards.axes("sequence")
+        weight = jnp.exp(lse - jax.lax.pmax(lse, axes))
+        values, weight = jax.lax.psum((values * weight[..., None], weight), axes)
+        return values / weight[..., None]
 
     def total(self, x: Array) -> Array:
         """Over all groups of requests."""

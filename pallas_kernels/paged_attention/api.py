@@ -67,8 +67,9 @@ def choice(spec: AttentionSpec, target: Target) -> Choice[AttentionSpec]:
     """What serves a call of these shapes on this chip, and why not the others."""
     candidates = DECODE if spec.kind == "decode" else PREFILL
     if spec.parts > 1:
-        *kernels, plain = candidates
-        candidates = (*(replace(kernel, declines=_keeps_no_sums) for kernel in kernels), plain)
+        plain = reference.decode_part if spec.kind == "decode" else reference.prefill_part
+        kernels = (replace(kernel, declines=_keeps_no_sums) for kernel in candidates[:-1])
+        candidates = (*kernels, Implementation("reference", never, plain))
     return choose(f"{spec.kind}_attention", candidates, spec, target)
 
 
@@ -167,7 +168,7 @@ def decode_part(
     how |= {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
     spec = _spec("decode", q, kv_pages, block_tables, kv_lens, layout, softcap, window, sinks)
     run = choice(replace(spec, parts=part.count), target).implementation.run
-    return run(q, kv_pages, block_tables, kv_lens, part=part, **how)
+    return run(q, kv_pages, block_tables, kv_lens, part, **how)
 
 
 def prefill_part(
@@ -190,7 +191,7 @@ def prefill_part(
     how |= {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
     spec = _spec("prefill", q, kv_pages, block_tables, q_lens, layout, softcap, window, sinks)
     run = choice(replace(spec, parts=part.count), target).implementation.run
-    return run(q, kv_pages, block_tables, q_starts, q_lens, positions, part=part, **how)
+    return run(q, kv_pages, block_tables, q_starts, q_lens, positions, part, **how)
 
 
 def _spec(

@@ -7,6 +7,8 @@ leaves its state bit for bit unchanged, so no row depends on its neighbours.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,11 +23,17 @@ BLOCK_QUERIES = 128  # queries of one prompt that share a loop
 State = tuple[Array, Array, Array]  # float32: highest score (MASKED before any), sum of weights, weighted values
 
 
-def decode(
+def decode(q: Array, kv_pages: Array, block_tables: Array, kv_lens: Array, **how: Any) -> Array:
+    """One query a row, at position kv_lens - 1. See `api.decode_attention`."""
+    return decode_part(q, kv_pages, block_tables, kv_lens, None, **how)[0].astype(q.dtype)
+
+
+def decode_part(
     q: Array,
     kv_pages: Array,
     block_tables: Array,
     kv_lens: Array,
+    part: Part | None,
     *,
     layout: KVLayout,
     target: Target,
@@ -33,9 +41,8 @@ def decode(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Array | None = None,
-    part: Part | None = None,
-) -> Array | tuple[Array, Array]:
-    """One query a row, at position kv_lens - 1. See `api.decode_attention`, and of a part `api.decode_part`."""
+) -> tuple[Array, Array]:
+    """See `api.decode_part`; None: these are whole pages."""
     rows, q_heads, head_dim = q.shape
     page_size, kv_heads, value_dim = kv_pages.shape[1], layout.kv_heads, layout.result_dim
     group = q_heads // kv_heads
@@ -60,18 +67,24 @@ def decode(
         return state[0], state[1], state[2] + product("rkgc,rkcd->rkgd", weights, v)
 
     state = jax.lax.fori_loop(first, last, turn, initial_state((rows, kv_heads, group), value_dim, sinks))
-    if part is not None:
-        return finish(state).reshape(rows, q_heads, value_dim), log_sum_exp(state).reshape(rows, q_heads)
-    return finish(state).astype(q.dtype).reshape(rows, q_heads, value_dim)
+    return finish(state).reshape(rows, q_heads, value_dim), log_sum_exp(state).reshape(rows, q_heads)
 
 
 def prefill(
+    q: Array, kv_pages: Array, block_tables: Array, q_starts: Array, q_lens: Array, positions: Array, **how: Any
+) -> Array:
+    """Ragged prompt chunks on one token axis. See `api.prefill_attention`."""
+    return prefill_part(q, kv_pages, block_tables, q_starts, q_lens, positions, None, **how)[0].astype(q.dtype)
+
+
+def prefill_part(
     q: Array,
     kv_pages: Array,
     block_tables: Array,
     q_starts: Array,
     q_lens: Array,
     positions: Array,
+    part: Part | None,
     *,
     layout: KVLayout,
     target: Target,
@@ -79,9 +92,8 @@ def prefill(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Array | None = None,
-    part: Part | None = None,
-) -> Array | tuple[Array, Array]:
-    """Ragged prompt chunks on one token axis. See `api.prefill_attention`, and of a part `api.prefill_part`.
+) -> tuple[Array, Array]:
+    """See `api.prefill_part`; None: these are whole pages, and values are in the queries' dtype.
 
     Walks blocks of queries prompt by prompt. A block may reach into the next prompt's
     tokens; what it writes there is overwritten by that prompt's own first block.
@@ -97,7 +109,7 @@ def prefill(
     num_blocks = -(-q_lens // block)  # of each row
     blocks_before = jnp.cumsum(num_blocks) - num_blocks
 
-    def one_block(b: Array, out: Array) -> Array:
+    def one_block(b: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         row = jnp.sum(b >= blocks_before) - 1  # idle rows are last: their blocks start past the end
         offset = (b - blocks_before[row]) * block
         start = q_starts[row] + offset
@@ -125,16 +137,17 @@ def prefill(
         per_query = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), block, axis=1)
         start_state = initial_state((kv_heads, group * block), value_dim, per_query)
         state = jax.lax.fori_loop(first // chunk, -(-last // chunk), turn, start_state)
-        result = finish(state)
-        if part is not None:
-            result = jnp.concatenate([result, log_sum_exp(state)[..., None]], axis=-1)
-        result = jnp.transpose(result.reshape(kv_heads, group, block, -1), (2, 0, 1, 3)).astype(out.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
+        values = jnp.transpose(finish(state).reshape(kv_heads, group, block, value_dim), (2, 0, 1, 3))
+        lse = jnp.transpose(log_sum_exp(state).reshape(kv_heads, group, block), (2, 0, 1))
+        return (
+            jax.lax.dynamic_update_slice_in_dim(results[0], values.astype(results[0].dtype), start, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(results[1], lse, start, axis=0),
+        )
 
-    lanes, dtype = (value_dim, q.dtype) if part is None else (value_dim + 1, jnp.float32)
-    out = jnp.zeros((*padded.shape[:-1], lanes), dtype)
-    out = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, out)[:tokens].reshape(tokens, q_heads, lanes)
-    return out if part is None else (out[..., :value_dim], out[..., value_dim])
+    values = jnp.zeros((*padded.shape[:-1], value_dim), q.dtype if part is None else jnp.float32)
+    lse = jnp.zeros(padded.shape[:-1], jnp.float32)
+    values, lse = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, (values, lse))
+    return values[:tokens].reshape(tokens, q_heads, value_dim), lse[:tokens].reshape(tokens, q_heads)
 
 
 def _keys_before(part: Part | None, position: Array, page_size: int) -> Array:

@@ -38,6 +38,7 @@ LAID = [
     pytest.param(EXPERTS, "overrides.yaml", marks=slow, id="experts-overrides"),
     pytest.param(LATENT, "tp", marks=slow, id="latent-tp"),
     pytest.param(DENSE, "dp-attention", id="dense-dp-attention"),
+    pytest.param(EXPERTS, "context", id="experts-context"),
     pytest.param(EXPERTS, "dp-attention", marks=slow, id="experts-dp-attention"),
     pytest.param(EXPERTS, "tp-dp", marks=slow, id="experts-tp-dp"),
 ]

@@ -79,6 +79,8 @@ COLLECTIVES = [
     # Besides, in each layer, tokens are gathered and given back, and once it is asked whether any group goes on.
     pytest.param("dense", "dp-attention", {"all-reduce": 1 + 2 * 3 + 1, "all-gather": 1 + 2, "reduce-scatter": 2}),
     pytest.param("experts", "tp-dp", {"all-reduce": 1 + 2 * 2 + 2, "all-gather": 1}, marks=slow),
+    # A maximum and a sum more in each layer, over the parts of the pages.
+    pytest.param("latent", "context", {"all-reduce": 1 + 2 * 4, "all-gather": 1}),
     pytest.param("grouped", "tp-replicated", {"all-reduce": 1 + 2 * 3, "all-gather": 1}, marks=slow),
 ]
 MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED}
@@ -88,6 +90,7 @@ CASES = [
     pytest.param("dense", "dp-attention"),
     *(pytest.param(kind, "dp-attention", marks=slow) for kind in ("experts", "latent")),
     pytest.param("experts", "tp-dp", marks=slow),
+    *(pytest.param(kind, "context", marks=slow) for kind in ("dense", "experts", "latent")),
     pytest.param("experts", "tp-ep", marks=slow),
     pytest.param("experts", "overrides.yaml", marks=slow),
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),

@@ -54,6 +54,15 @@ def test_requests_are_divided_over_an_axis_of_their_own() -> None:
         parse_strategy("mine", text).shards(LLAMA, 2)
 
 
+def test_pages_are_spread_over_an_axis_of_their_own() -> None:
+    shards = load_strategy("context").shards(LLAMA, 8)
+    assert (shards.count("sequence"), shards.count("kv_heads"), shards.count("mlp")) == (4, 2, 8)
+    text = "mesh: {a: 2}\nrules:\n- sequence: a\n- %s: a\n"
+    for logical, why in (("kv_heads", "a sequence's pages are spread there"), ("requests", "requests are divided")):
+        with pytest.raises(ShardingError, match=f"cannot be cut over a: {why}"):
+            parse_strategy("mine", text % logical).shards(LLAMA, 2)
+
+
 def test_replication_is_a_stated_choice() -> None:
     shards = load_strategy("tp-replicated").shards(LLAMA, 16)
     assert shards.count("kv_heads") == 16 and shards.copies == (("kv_heads", 2),)
