@@ -37,6 +37,7 @@ class DecodeRows:
     position: Array  # int32 [rows], of the token
     active: Array  # bool [rows]
     block_tables: Array  # int32 [rows, pages_per_seq]
+    copy_to: Array | None = None  # int32 [rows], of a model with recurrent layers: see `DecodeStates`
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +98,8 @@ def cache_view(
         page_ids = jnp.concatenate([page_ids, jnp.where(row >= 0, page, TRASH_PAGE)])
         positions = jnp.concatenate([positions, prefill_position])
     lens = jnp.where(decode.active, decode.position + 1, 0)
-    states = StatesView(DecodeStates(decode.slot, decode.active), prefill.states if prefill is not None else None)
+    own = DecodeStates(decode.slot, decode.active, decode.copy_to)
+    states = StatesView(own, prefill.states if prefill is not None else None)
     return CacheView(page_ids, positions % page_size, decode.block_tables, lens, prefill, states), positions
 
 

@@ -93,6 +93,11 @@ def step_layout(config: EngineConfig, key: StepKey) -> Layout:
         Field("first_new_page", (key.rows,), "int32"),
         Field("new_pages", (key.rows, new_pages), "int32", -1),
     ]
+    if config.state_checkpoints is not None:
+        decode += [
+            Field("decode_checkpoint", (key.rows,), "int32", -1),
+            Field("decode_checkpoint_at", (key.rows,), "int32"),
+        ]
     if key.tokens == 0:
         return Layout(tuple(decode))
     rows = config.max_prefill_rows
@@ -159,6 +164,9 @@ def _fill_decode(fields: Mapping[str, np.ndarray], i: int, row: DecodeRow) -> No
     if row.new_pages:
         fields["first_new_page"][i] = row.first_new_page
         fields["new_pages"][i, : len(row.new_pages)] = row.new_pages
+    if row.state is not None:
+        fields["decode_checkpoint"][i] = row.state.copy_to
+        fields["decode_checkpoint_at"][i] = row.start + row.state.copy_at - 1  # position of the last token in it
 
 
 def _fill_prefill(fields: Mapping[str, np.ndarray], i: int, row: PrefillRow, start: int) -> None:

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class Checkpoints:
-    """Every row is free or taken. A taken row is given up, least recently used first, when no row is free."""
+    """Every row is free, taken or promised. A taken row is given up, least recently used first, when none is free.
+
+    A promised row is written by a step whose tokens are not known yet; it is taken, or free again, when they are.
+    """
 
     def __init__(self, rows: Sequence[int], on_evict: Callable[[int], None] = lambda row: None) -> None:
         self.rows = tuple(rows)
         self._on_evict = on_evict
         self._free = list(self.rows)
         self._taken: OrderedDict[int, None] = OrderedDict()
+        self._promised: set[int] = set()
         self._unwritten: set[int] = set()  # which the step that is being planned writes
 
     def begin_step(self) -> None:
@@ -38,6 +42,32 @@ class Checkpoints:
         self._unwritten.add(row)
         return row
 
+    def promise(self) -> int | None:
+        """Like `take`, for a state whose page nobody can name before the step's tokens are read."""
+        row = self.take()
+        if row is not None:
+            del self._taken[row]
+            self._promised.add(row)
+        return row
+
+    def keep(self, row: int) -> bool:
+        """A promised row holds what was promised, and is taken. False: it is promised no more."""
+        if row not in self._promised:
+            return False
+        self._promised.remove(row)
+        self._taken[row] = None
+        return True
+
+    def withdraw(self, row: int) -> None:
+        """A promised row is free again, unless it was kept."""
+        if row in self._promised:
+            self._promised.remove(row)
+            self._free.append(row)
+
+    def withdraw_all(self) -> None:
+        for row in list(self._promised):
+            self.withdraw(row)
+
     def release(self, row: int) -> None:
         """Its content is not wanted any more."""
         del self._taken[row]
@@ -52,8 +82,9 @@ class Checkpoints:
         return row not in self._unwritten
 
     def check(self, known: Iterable[int]) -> None:
-        """Conservation: free and taken rows are all there are, and the taken ones are those that somebody knows."""
-        if sorted([*self._free, *self._taken]) != sorted(self.rows):
-            raise RuntimeError(f"checkpoint rows are lost or doubled: {self._free} free, {list(self._taken)} taken")
+        """Conservation: every row is in one state, and the taken ones are those that somebody knows."""
+        if sorted([*self._free, *self._taken, *self._promised]) != sorted(self.rows):
+            raise RuntimeError(f"checkpoint rows are lost or doubled: {self._free} free, {list(self._taken)} taken, "
+                               f"{self._promised} promised")  # fmt: skip
         if sorted(known) != sorted(self._taken):
             raise RuntimeError(f"checkpoint rows {sorted(self._taken)} are taken, {sorted(known)} are known")

@@ -17,11 +17,11 @@ from engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class StateMove:
-    """Where a chunk's recurrent state comes from, and the copy that is kept of it: rows of the state pool."""
+    """Where a row's recurrent state comes from, and the copy that is kept of it: rows of the state pool."""
 
     source: int  # -1: zeros
     copy_to: int = -1  # -1: no copy
-    copy_at: int = 0  # tokens of the chunk after which the copy is taken
+    copy_at: int = 0  # tokens of the row after which the copy is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class DecodeRow:
     count: int
     first_new_page: int  # index in the block table
     new_pages: tuple[int, ...]
+    state: StateMove | None = None  # where the row leaves a copy of its recurrent state
 
 
 @dataclass(frozen=True, slots=True)

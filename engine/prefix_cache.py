@@ -91,6 +91,18 @@ class PrefixCache:
             node.state, self._states[row] = row, node
         return row
 
+    def keep_promised(self, node: Node, row: int) -> bool:
+        """The promised `row` holds the state after `node`. False where that is not wanted: the row stays promised."""
+        if not node.alive or node.parent is None or node.state is not None or not self.checkpoints.keep(row):
+            return False
+        node.state, self._states[row] = row, node
+        return True
+
+    def drop_state(self, node: Node, row: int) -> None:
+        """The copy in `row` is not wanted any more, if it is still that of `node`."""
+        if node.state == row:
+            self._drop_state(node)
+
     def forget(self, pages: Iterable[int], node: Node | None = None) -> None:
         """Their content is not to be trusted: nobody finds these pages, or what extends them, again.
 
@@ -105,6 +117,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything, as after a failed device step."""
+        self.checkpoints.withdraw_all()
         for page, node in self._nodes.items():
             node.alive = False
             self._drop_state(node)

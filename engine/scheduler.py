@@ -143,11 +143,20 @@ class Scheduler:
             if count == 0:
                 break  # seq was the newest and is preempted: nobody comes after it
             first = seq.num_sent_pages
-            rows.append(DecodeRow(seq, seq.computed, count, first, tuple(seq.pages[first:])))
+            state = self._decode_copy(seq, count)
+            rows.append(DecodeRow(seq, seq.computed, count, first, tuple(seq.pages[first:]), state))
             seq.num_sent_pages = len(seq.pages)
             seq.computed += count
             seq.pending += count
         return rows
+
+    def _decode_copy(self, seq: Sequence, count: int) -> StateMove | None:
+        """A copy is kept of the state at the last page border that the row reaches, if it reaches one."""
+        border = (seq.computed + count) // self.config.page_size * self.config.page_size
+        if self.config.checkpoint_rows is None or border <= seq.computed or seq.node is None or not seq.node.alive:
+            return None
+        row = self.cache.checkpoints.promise()
+        return None if row is None else StateMove(seq.slot, row, border - seq.computed)
 
     def _grow(self, seq: Sequence, count: int) -> int:
         """Pages for `count` more tokens, or for one, or (the newest making room) preempt: 0 if seq itself went."""
@@ -284,10 +293,14 @@ class Scheduler:
                 collect_prompt_logprobs(row, prompt)
             events.append(self._commit_row(row.seq, drawn, int(row.samples)))
         for row, drawn in zip(plan.decode_rows, result.decode, strict=True):
-            events.append(self._commit_row(row.seq, drawn, row.count))
+            events.append(self._commit_row(row.seq, drawn, row.count, row))
+            if row.state is not None:
+                self.cache.checkpoints.withdraw(row.state.copy_to)
         return [event for event in events if event is not None]
 
-    def _commit_row(self, seq: Sequence, drawn: RowResult, launched: int) -> TokenEvent | None:
+    def _commit_row(
+        self, seq: Sequence, drawn: RowResult, launched: int, decoded: DecodeRow | None = None
+    ) -> TokenEvent | None:
         seq.in_flight -= 1
         seq.pending -= launched
         if seq.state is State.FINISHED:  # ended while this step was in flight
@@ -305,6 +318,8 @@ class Scheduler:
         self.counters.generation_tokens += outcome.num_accepted
         if seq.state is State.RUNNING and not seq.prefilling:
             self._register(seq, len(seq.token_ids) - 1)
+            if decoded is not None and decoded.state is not None:
+                self._keep_decoded(decoded, decoded.state, len(drawn.token_ids))
         if seq.max_total_len == seq.prompt_len and not seq.prefilling and not seq.in_flight:
             outcome = Outcome(0, FinishReason.LENGTH, None)
         if outcome.finish_reason is not None:
@@ -312,6 +327,16 @@ class Scheduler:
         if outcome.num_accepted == 0 and outcome.finish_reason is None:
             return None
         return row_event(seq, drawn, outcome)
+
+    def _keep_decoded(self, row: DecodeRow, state: StateMove, num_drawn: int) -> None:
+        """The copy that a decode row left belongs to its page, and the one that the sequence left before goes."""
+        seq, reached = row.seq, num_drawn >= state.copy_at
+        if not reached or seq.node is None or seq.num_registered * self.config.page_size != row.start + state.copy_at:
+            return
+        if self.cache.keep_promised(seq.node, state.copy_to):
+            if seq.left is not None:
+                self.cache.drop_state(*seq.left)
+            seq.left = seq.node, state.copy_to
 
     def fail_all(self, message: str) -> list[TokenEvent]:
         """A device step failed: end every sequence, forget every page's content."""

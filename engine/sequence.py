@@ -44,6 +44,7 @@ class Sequence:
     num_sent_pages: int = 0  # pages that the device's block table holds
     num_registered: int = 0  # pages whose content the prefix cache was told
     state_row: int = -1  # of the state pool that the next chunk continues from; -1: zeros
+    left: tuple[Node, int] | None = None  # the page and row of the newest state that decoding left
     branch: int = 0  # tokens of known pages at the last admission: a state is kept where prompts part
     prefill_len: int = 0  # len(token_ids) at the last admission
     computed: int = 0

@@ -89,7 +89,7 @@ def decode_step(
     def turn(state: tuple[Array, KV, Slots, StepOutput]) -> tuple[Array, KV, Slots, StepOutput]:
         i, kv, slots, out = state
         drawing, position = is_drawing(i, slots), slots.position[slot]
-        rows = DecodeRows(slot, position, drawing, tables)
+        rows = DecodeRows(slot, position, drawing, tables, decode_copies(batch, position))
         kv, hidden, load = forward(compute, params, kv, slots.last_token[slot], rows, None)
         drawn = sampler.draw(logits_of(compute, params, hidden), slots, slot, sampling, position + 1)
         out = record(out, i, drawn, drawing, load)
@@ -112,13 +112,15 @@ def prefill_step(
     slots = add_pages(slots, batch["decode_slot"], batch["first_new_page"], batch["new_pages"])
     slots = enter_rows(slots, batch)
     riders = batch["decode_slot"]
-    decode = DecodeRows(riders, slots.position[riders], slots.active[riders], slots.block_tables[riders])
+    position = slots.position[riders]
+    copy_to = decode_copies(batch, position)
+    decode = DecodeRows(riders, position, slots.active[riders], slots.block_tables[riders], copy_to)
     tokens = jnp.concatenate([slots.last_token[riders], batch["tokens"]])
     kv, hidden, load = forward(compute, params, kv, tokens, decode, prefill_rows(batch))
     num_riders = riders.shape[0]
     last = num_riders + batch["q_start"] + jnp.maximum(batch["q_len"], 1) - 1
     slot = jnp.concatenate([riders, batch["slot"]])
-    length = jnp.concatenate([slots.position[riders] + 1, batch["position"] + batch["q_len"]])
+    length = jnp.concatenate([position + 1, batch["position"] + batch["q_len"]])
     drawing = jnp.concatenate([slots.active[riders], batch["samples"] != 0])
     sampling = slots.sampling.rows(slot)
     logits = logits_of(compute, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
@@ -196,6 +198,13 @@ def _no_load(model: ModelConfig) -> Array | None:
     """None: no layer has experts."""
     layers = sum(layer.ffn == "experts" for layer in model.layers)
     return jnp.zeros((layers, model.experts.num_experts), jnp.int32) if model.experts and layers else None
+
+
+def decode_copies(batch: dict[str, Array], position: Array) -> Array | None:
+    """Where each decode row leaves a copy of its states behind the token at `position`; None: nothing recurs."""
+    if "decode_checkpoint" not in batch:
+        return None
+    return jnp.where(position == batch["decode_checkpoint_at"], batch["decode_checkpoint"], -1)
 
 
 def prefill_rows(batch: dict[str, Array]) -> PrefillRows:

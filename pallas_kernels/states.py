@@ -2,7 +2,8 @@
 
 Tokens stand on a flat axis: decode rows with one token each, then chunks of prompts. A chunk starts from
 zeros or from any row of the pool and leaves its state in its own row; on its way it can leave a copy in a
-third. All rows are read before one is written. Knows nothing about what a state means.
+third. All rows are read before one is written, but that a decode row's copy may come first: no chunk of its
+step starts from there. Knows nothing about what a state means.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class DecodeStates:
 
     rows: Array
     active: Array
+    copy_to: Array | None = None  # int32, row that gets a copy of the state after the token; negative: none does
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +50,13 @@ Step = Callable[[Array, tuple[Array, ...]], tuple[Array, Array]]
 
 
 def replace_active(pool: Array, states: DecodeStates, new: Array) -> Array:
-    """The pool with `new` [rows, ...] in the rows that are active."""
-    return _put(pool, states.rows, new, states.active)
+    """The pool with `new` [rows, ...] in the rows that are active, and where they leave a copy."""
+    pool, copy_to = _put(pool, states.rows, new, states.active), states.copy_to
+    if copy_to is None:
+        return pool
+    leaves = states.active & (copy_to >= 0)
+    # Copies are rare, and a scatter that writes nothing still reads every state.
+    return jax.lax.cond(jnp.any(leaves), lambda pool: _put(pool, copy_to, new, leaves), lambda pool: pool, pool)
 
 
 def sources(pool: Array, states: PrefillStates) -> Array:

@@ -151,8 +151,6 @@ class FakeRunner:
         state = state + row.seq.token_ids[row.start : row.start + row.count]
         self.states[row.seq.slot] = state
         if row.state.copy_to >= 0:
-            if row.state.copy_to not in (self.config.checkpoint_rows or ()):
-                raise AssertionError(f"a copy to row {row.state.copy_to}, which is no checkpoint")
             self.states[row.state.copy_to] = state[: row.start + row.state.copy_at]
 
     def _prefill(self, row: PrefillRow) -> RowResult:
@@ -174,6 +172,8 @@ class FakeRunner:
             self._write(slot, slot.position, slot.last_token)
             if self.config.checkpoint_rows is not None:
                 self.states[row.seq.slot].append(slot.last_token)
+            if row.state is not None and len(drawn) + 1 == row.state.copy_at:
+                self.states[row.state.copy_to] = list(self.states[row.seq.slot])
             drawn.append(self._draw(slot, row.seq, slot.position + 1))
         return self._result(row.seq, drawn)
 
@@ -209,12 +209,13 @@ def check_plan(config: EngineConfig, plan: StepPlan) -> None:
         raise AssertionError(f"{len(plan.prefill_rows)} rows of {plan.num_prefill_tokens} tokens in one step")
     if any(row.count < 1 for row in chain(plan.prefill_rows, plan.decode_rows)):
         raise AssertionError("an empty row")
-    copies = [row.state.copy_to for row in plan.prefill_rows if row.state and row.state.copy_to >= 0]
-    if len(set(copies)) != len(copies):
-        raise AssertionError(f"two copies to one row: {copies}")
-    for row in plan.prefill_rows:
-        if (row.state is None) != (config.checkpoint_rows is None):
-            raise AssertionError("states move for models that have them, and only for those")
+    if any((row.state is None) != (config.checkpoint_rows is None) for row in plan.prefill_rows):
+        raise AssertionError("states move for models that have them, and only for those")
+    rows = (*plan.prefill_rows, *plan.decode_rows)
+    copies = [row.state.copy_to for row in rows if row.state and row.state.copy_to >= 0]
+    if len(set(copies)) != len(copies) or not set(copies) <= set(config.checkpoint_rows or ()):
+        raise AssertionError(f"copies to rows {copies} of the checkpoints {config.checkpoint_rows}")
+    for row in rows:
         at = row.state.copy_at if row.state and row.state.copy_to >= 0 else None
         if at is not None and (not 0 < at <= row.count or (row.start + at) % config.page_size):
             raise AssertionError(f"a copy after {at} of {row.count} tokens from {row.start}")

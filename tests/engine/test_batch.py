@@ -174,10 +174,16 @@ def test_states_travel_only_for_models_that_have_them() -> None:
     key, stateful = StepKey(16, 0), config(state_checkpoints=3)
     layout, plain = step_layout(stateful, key), step_layout(config(), key)
     names = ["state_source", "checkpoint", "checkpoint_at"]
-    assert [f.name for f in layout.fields] == [*(f.name for f in plain.fields), *names]
+    decoded = {"decode_checkpoint", "decode_checkpoint_at"}
+    assert [f.name for f in layout.fields if f.name not in decoded] == [*(f.name for f in plain.fields), *names]
     rows = [PrefillRow(sequence(slot), 0, 3, True, False, move) for slot, move in
             ((0, StateMove(-1)), (2, StateMove(6, copy_to=7, copy_at=2)))]  # fmt: skip
     fields = layout.split(build(stateful, key, layout, plan_of(tuple(rows))), lambda part, f: part.tolist())
     assert [fields[name] for name in names] == [[-1, 6, -1], [-1, 7, -1], [0, 2, 0]]
+    key = StepKey(0, 2)
+    row = DecodeRow(sequence(3), 14, 3, 0, (), StateMove(3, copy_to=6, copy_at=2))
+    vector = build(stateful, key, step_layout(stateful, key), plan_of((), (row,)))
+    fields = step_layout(stateful, key).split(vector, lambda part, f: part.tolist())
+    assert fields["decode_checkpoint"] == [6, -1] and fields["decode_checkpoint_at"] == [15, 0]
     assert stateful.num_states == 4 + 1 + 3 and list(stateful.checkpoint_rows or ()) == [5, 6, 7]
     assert config().num_states == 0 and config().checkpoint_rows is None

@@ -186,6 +186,23 @@ def test_a_hit_continues_from_a_checkpoint_and_the_net_catches_a_wrong_one() -> 
     assert w.counters.prefix_hits_tokens - before == 40 + 40
 
 
+def test_a_second_turn_continues_from_the_answer() -> None:
+    """What was decoded leaves a state too: of the last page border that the answer reached, and of no other."""
+    w = world("states")
+    engine = w.engine(overlap=True)
+    params = SamplingParams(temperature=1.7, seed=5, max_tokens=40)
+    before, prompt = w.counters.prefix_hits_tokens, tuple(range(41))
+    for turn in ("first", "second"):
+        request = Request(request_id=turn, prompt_token_ids=prompt, params=params)
+        client = Client.of(request)
+        engine.submit(request, client)
+        run(engine)
+        check_choice(w, request, 5, client.tokens[0], client.finished[0])
+        assert len(engine.scheduler.cache._states) == {"first": 2, "second": 3}[turn]
+        prompt = (*prompt, *client.tokens[0], 1, 2, 3)
+    assert w.counters.prefix_hits_tokens - before == 41 + 40 - 1
+
+
 def test_the_net_catches_a_wrong_page() -> None:
     """Let a running sequence's block table name another page once: the tokens must be found wrong."""
     w = world()
