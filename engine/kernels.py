@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidParam
 from engine.model.config import DeltaRule, LayerSpec, ModelConfig
 from engine.model.params import param_specs
+from engine.pipeline import micro_of
 from engine.programs import compute_of, local_shapes
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.gated_delta import api as gated_delta
@@ -45,7 +47,7 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
 def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     compute, matmuls = compute_of(model, config), _matmuls(model, config)
     model, layout = compute.model, compute.kv
-    for key in lattice(config):
+    for key in (in_one_turn(config, key) for key in lattice(config)):
         tokens = key.tokens + key.rows
         for spec in dict.fromkeys(model.layers):
             if spec.recurrent:
@@ -62,6 +64,13 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
                 yield quantized_matmul.choice(quantized_matmul.spec_of(x, weight), config.target)
             else:
                 yield matmul.choice(matmul.spec_of(x, weight), config.target)
+
+
+def in_one_turn(config: EngineConfig, key: StepKey) -> StepKey:
+    """What layers see of a step: all of it, or in stages one micro-batch."""
+    stages = config.shards.count("layers")
+    micro = micro_of(stages, key.rows, key.tokens)
+    return key if stages == 1 else replace(key, tokens=micro.tokens, rows=micro.rows)
 
 
 def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:

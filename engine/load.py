@@ -36,7 +36,7 @@ from engine.model.config import ModelConfig
 from engine.model.params import param_specs
 from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
-from engine.placement import placer
+from engine.placement import assembled, placer
 from engine.plan import Layout
 from engine.programs import held_bytes, page_bytes, serving_programs, step_program
 from engine.replica import Replica
@@ -151,7 +151,7 @@ def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) ->
 
     params = checkpoint.load(specs, put, dict(config.stored))
     jax.block_until_ready(params)
-    return params
+    return assembled(checkpoint.config, config, params)
 
 
 def layouts(
@@ -167,6 +167,8 @@ def layouts(
                 "sharding", f"divides requests into {shards.num_groups} groups, not {runner.config.num_groups}: "
                 "that is for a new start",
             )  # fmt: skip
+        if shards.count("layers") > 1 or runner.config.shards.count("layers") > 1:
+            raise InvalidParam("sharding", "has layers in stages or leaves them: that is for a new start")
         page_size_of(runner.config.page_size, 0, shards)  # raises where it does not divide
         counters.ready = False  # these compilations are announced
         try:

@@ -16,11 +16,11 @@ from engine.config import EngineConfig
 from engine.executables import placed
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.place import with_copies, without_copies
+from engine.model.place import stage_of, with_copies, without_copies
 from engine.model.quantization import pack
-from engine.programs import param_cuts, param_shapes, served_specs
+from engine.programs import param_cuts, param_shapes, served_specs, stage_cuts
 from pallas_kernels.quantized import Quantized
-from sharding.mesh import mesh_of
+from sharding.mesh import mesh_of, mesh_of_stage
 
 Put = Callable[[str, Any], Any]  # of a parameter's name and its arrays
 
@@ -32,19 +32,44 @@ def placer(model: ModelConfig, config: EngineConfig) -> Put:
     copies = config.shards.num_copies("kv_heads")
 
     def place(name: str, array: np.ndarray | Quantized) -> Any:
-        return put(name, pack(served[name], with_copies(name, specs[name], array, copies), config.quantization))
+        _, there = stage_of(name, model, config.shards)
+        return put(name, pack(served[there], with_copies(name, specs[name], array, copies), config.quantization))
 
     return place
 
 
 def _to_shards(model: ModelConfig, config: EngineConfig) -> Put:
-    """put(name, arrays as the devices hold them, wherever they are)."""
+    """put(name, arrays as the devices hold them, wherever they are); a layer's go to the devices of its stage."""
     mesh = mesh_of(config.shards)
     if mesh is None:
         return lambda name, array: jax.device_put(array, jax.devices()[0])
-    cuts = param_cuts(model, config)
+    cuts = stage_cuts(model, config)
     put = partial(jax.tree.map, _local_parts) if mesh.is_multi_process else jax.device_put
-    return lambda name, array: put(array, placed(mesh, array, cuts[name]))
+
+    def to_stage(name: str, array: Any) -> Any:
+        stage, there = stage_of(name, model, config.shards)
+        on = mesh_of_stage(mesh, config.shards, stage) if there.startswith("layers.") else mesh
+        return put(array, placed(on, array, cuts[there]))
+
+    return to_stage
+
+
+def assembled(model: ModelConfig, config: EngineConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters that are on their devices as programs take them: see `param_shapes`. Nothing is copied."""
+    mesh = mesh_of(config.shards)
+    if mesh is None or config.shards.count("layers") == 1:
+        return params
+    shapes, cuts = param_shapes(model, config), param_cuts(model, config)
+    stages: dict[str, list[Any]] = {}
+    for name, array in params.items():
+        stages.setdefault(stage_of(name, model, config.shards)[1], []).append(array)
+
+    def one(shape: jax.ShapeDtypeStruct, place: Sharding, *arrays: Array) -> Array:
+        parts = [shard.data for array in arrays for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape.shape, place, parts)
+
+    return {name: jax.tree.map(one, shapes[name], placed(mesh, shapes[name], cuts[name]), *arrays)
+            for name, arrays in stages.items()}  # fmt: skip
 
 
 def _local_parts(array: np.ndarray, sharding: Sharding) -> Array:

@@ -17,7 +17,7 @@ from engine.errors import ModelError
 from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.place import local_model, replicated
+from engine.model.place import local_model, one_stage, replicated, stage_of
 from engine.model.quantization import packed_shape, packing_of
 from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
@@ -32,17 +32,36 @@ Shapes = jax.ShapeDtypeStruct
 
 
 def served_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpec]:
-    """The parameters as the devices hold them: in the engine's dtype, a KV head as often as it is asked for."""
-    return param_specs(replicated(model, config.shards), jnp.dtype(config.dtype))
+    """The parameters as the devices hold them: in the engine's dtype, a KV head as often as it is asked for, of layers
+    in stages those of one."""
+    return param_specs(one_stage(replicated(model, config.shards), config.shards), jnp.dtype(config.dtype))
 
 
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
-    """Abstract parameters as they are on the device."""
-    specs, stored = served_specs(model, config), dict(config.stored)
+    """Abstract parameters as they are on the devices. Of layers in stages, those that stand at the same place in each
+    are one array, one behind the other along its first dimension."""
+    return {
+        name: jax.tree.map(partial(_times, _num_stages(config, name)), shape)
+        for name, shape in stage_shapes(model, config).items()
+    }
+
+
+def stage_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+    """Abstract parameters of one stage, over all of its devices. Raises ModelError where a checkpoint has packed the
+    stages' weights differently."""
+    specs, stored = served_specs(model, config), {}
+    for name, packing in config.stored:
+        _, there = stage_of(name, model, config.shards)
+        if stored.setdefault(there, packing) != packing:
+            raise ModelError(f"sharding: {name} is packed as {packing}, in another stage as {stored[there]}")
     return {
         name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization))
         for name, spec in specs.items()
     }
+
+
+def _num_stages(config: EngineConfig, name: str) -> int:
+    return config.shards.count("layers") if name.startswith("layers.") else 1
 
 
 def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:
@@ -61,10 +80,22 @@ def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
     Raises ModelError where a cut would go through a group of rows that share a scale.
     """
+    stages = config.shards.axes("layers")
+
+    def staged(cut: PartitionSpec) -> PartitionSpec:
+        first = (cut[0],) if isinstance(cut[0], str) else cut[0] or ()
+        return PartitionSpec((*stages, *first), *cut[1:])
+
+    cuts = stage_cuts(model, config)
+    return {name: jax.tree.map(staged, cut) if _num_stages(config, name) > 1 else cut for name, cut in cuts.items()}
+
+
+def stage_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+    """How each parameter of one stage is cut over its devices; the tree of `stage_shapes`."""
     specs = served_specs(model, config)
     return {
         name: jax.tree.map(partial(_cut_of, config.shards, name, specs[name]), shape)
-        for name, shape in param_shapes(model, config).items()
+        for name, shape in stage_shapes(model, config).items()
     }
 
 
@@ -96,9 +127,11 @@ def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
 def kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:
     """Of what each layer keeps. Pages are cut by KV heads; a latent row serves all heads and is on every device.
     Where pages are spread over a sequence's devices, each has some of every page's tokens."""
-    groups, heads = group_cut(config), config.shards.axes("kv_heads") or None if model.latent is None else None
-    pages = PartitionSpec(*groups, config.shards.axes("sequence") or None, heads)
-    return tuple(groups if layer.recurrent else pages for layer in model.layers)
+    shards = config.shards
+    groups, heads = group_cut(config), shards.axes("kv_heads") or None if model.latent is None else None
+    own = (*shards.axes("layers"), *shards.axes("requests")) or None
+    pages = PartitionSpec(own, shards.axes("sequence") or None, heads)
+    return tuple(groups if layer.recurrent else pages for layer in one_stage(model, shards).layers)
 
 
 def group_cut(config: EngineConfig) -> PartitionSpec:
@@ -108,21 +141,29 @@ def group_cut(config: EngineConfig) -> PartitionSpec:
 
 def over_groups(config: EngineConfig, tree: Any) -> Any:
     """Abstract arrays of one group as those of all."""
-    return jax.tree.map(lambda s: Shapes((config.num_groups * s.shape[0], *s.shape[1:]), s.dtype), tree)
+    return jax.tree.map(partial(_times, config.num_groups), tree)
+
+
+def _times(count: int, leaf: Shapes) -> Shapes:
+    """So many one behind the other."""
+    return Shapes((count * leaf.shape[0], *leaf.shape[1:]), leaf.dtype)
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerStates, ...]:
     """What each layer keeps, abstract: pages [pages, page_size, layout.width], or recurrent states."""
     layout = compute_of(model, config).kv
     parts = 1 if model.latent else config.shards.count("kv_heads")
-    pages = Shapes((config.num_pages, config.page_size, parts * layout.width), jnp.dtype(layout.dtype))
+    num_pages = config.shards.count("layers") * config.num_pages
+    pages = Shapes((num_pages, config.page_size, parts * layout.width), jnp.dtype(layout.dtype))
     states = None if model.recurrence is None else states_shape(model, config.num_states, config.dtype)
-    return over_groups(config, tuple(states if layer.recurrent and states else pages for layer in model.layers))
+    layers = one_stage(model, config.shards).layers
+    return over_groups(config, tuple(states if layer.recurrent and states else pages for layer in layers))
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes on one device of one page in all layers; 0 where no layer attends."""
-    num_paged = model.num_layers - model.num_recurrent_layers
+    stage = one_stage(model, config.shards)
+    num_paged = stage.num_layers - stage.num_recurrent_layers
     return config.part_size * compute_of(model, config).kv.token_bytes * num_paged
 
 
@@ -164,7 +205,8 @@ def _mapped(program: Program, model: ModelConfig, config: EngineConfig, mesh: Me
     kv, groups, output = kv_cuts(model, config), group_cut(config), program.outputs[2]
     out = jax.tree.map(lambda _: groups, output)
     if isinstance(output, StepOutput) and output.expert_tokens is not None:
-        out = replace(out, expert_tokens=PartitionSpec())  # the sum of all
+        # Those of this stage's layers, and the sum of all groups.
+        out = replace(out, expert_tokens=PartitionSpec(config.shards.axes("layers") or None))
     return replace(program, mesh=mesh, cuts=((param_cuts(model, config), kv, groups, groups), (kv, groups, out)))
 
 

@@ -46,6 +46,8 @@ class Replica:
                 "sharding", f"uses {config.shards.num_devices} of {jax.device_count()} devices; several processes "
                 "need one that uses all of them",
             )  # fmt: skip
+        if config.shards.count("layers") > 1:
+            raise InvalidParam("sharding", "cuts layers into stages, which several processes cannot do yet")
         if config.num_groups > 1:
             raise InvalidParam("sharding", "divides requests into groups, which several processes cannot do yet")
         if not self.leads:

@@ -13,7 +13,7 @@ from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.packing import Packings
 from engine.model.params import axis_sizes, param_axes
-from engine.model.place import replicated
+from engine.model.place import one_stage, replicated
 from pallas_kernels.target import KVDtype, Target
 from sharding.rules import ShardingError, load_strategy
 from sharding.shards import Shards
@@ -140,10 +140,27 @@ def shards_of(sharding: str, model: ModelConfig, num_devices: int) -> Shards:
         raise InvalidParam("sharding", str(error)) from None
     if shards.count("sequence") > 1 and model.num_recurrent_layers == model.num_layers:
         raise InvalidParam("sharding", "spreads the pages of a sequence, but no layer of the model keeps any")
+    _check_stages(model, shards)
     if shards.num_groups > 1 and model.recurrence is not None:
         raise InvalidParam("sharding", "divides requests, which is not there for recurrent layers")
     replicated(model, shards)  # raises where query heads do not divide over the copies of their KV head
     return shards
+
+
+def _check_stages(model: ModelConfig, shards: Shards) -> None:
+    """Raises InvalidParam where layers are cut into stages and something else cannot be with them."""
+    if shards.count("layers") == 1:
+        return
+    one_stage(model, shards)
+    wrong = {
+        "recurrent layers, whose states micro-batches would share": model.recurrence is not None,
+        "requests divided": shards.num_groups > 1,
+        "pages of a sequence spread": shards.count("sequence") > 1,
+        "overrides of layers": shards.in_layers,
+    }
+    for what, found in wrong.items():
+        if found:
+            raise InvalidParam("sharding", f"cuts layers into stages, which is not there with {what}")
 
 
 def _states(options: EngineOptions, model: ModelConfig, dtype: str, device: DeviceFacts) -> tuple[int, int | None]:

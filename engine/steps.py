@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import sampler
+from engine import pipeline, sampler
 from engine.attend import DecodeRows, Memory, PrefillRows, cache_view
 from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.model import decoder
@@ -181,7 +181,8 @@ def forward(
     view, positions = cache_view(decode, prefill, tokens.shape[0], compute.page_size)
     attend = Memory(compute.kv, compute.place)
     model, place = compute.model, compute.place
-    hidden, kv, chosen = decoder.hidden_states(model, params, tokens, positions, kv, view, attend, place)
+    run = decoder.hidden_states if place.count("layers") == 1 else pipeline.hidden_states
+    hidden, kv, chosen = run(model, params, tokens, positions, kv, view, attend, place)
     return kv, hidden, place.total(expert_load(model, chosen, view.is_live)) if chosen else None
 
 

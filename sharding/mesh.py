@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, PartitionSpec
 
@@ -21,6 +22,18 @@ def mesh_of(shards: Shards, devices: Sequence[Any] | None = None) -> Mesh | None
     found = list(jax.devices() if devices is None else devices)[: shards.num_devices]
     sizes = tuple(axis.size for axis in shards.mesh)
     return Mesh(mesh_utils.create_device_mesh(sizes, found), tuple(axis.name for axis in shards.mesh))
+
+
+def mesh_of_stage(mesh: Mesh, shards: Shards, stage: int) -> Mesh:
+    """The devices of one stage, as a mesh of the same axes; the mesh itself where layers are in none."""
+    axes = shards.axes("layers")
+    if not axes:
+        return mesh
+    at = np.unravel_index(stage, [shards.parts(axis) for axis in axes])
+    devices = mesh.devices
+    for axis, index in zip(axes, at, strict=True):
+        devices = devices.take([index], axis=mesh.axis_names.index(axis))
+    return Mesh(devices, mesh.axis_names)
 
 
 def param_cut(shards: Shards, param: ParamSpec) -> PartitionSpec:

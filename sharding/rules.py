@@ -31,6 +31,7 @@ from sharding.shards import Axis, Override, Shards, scope_of
 LOGICAL_AXES = (
     "requests",
     "sequence",
+    "layers",
     "vocab",
     "embed",
     "kv_heads",
@@ -40,12 +41,13 @@ LOGICAL_AXES = (
     "experts",
     "expert_mlp",
 )
-OF_NO_WEIGHT = ("requests", "sequence")
+OF_NO_WEIGHT = ("requests", "sequence", "layers")
 UNCUT = ("embed", "head_dim")  # a cut there would need a sum after every layer's first product
 # What needs all of something that an axis cuts cannot be cut over the same mesh axes.
 APART = {
     "requests": (("vocab", "kv_heads", "q_heads", "sequence"), "requests are divided there, and each group needs all"),
     "sequence": (("kv_heads", "q_heads"), "a sequence's pages are spread there, and each head needs all of them"),
+    "layers": (("kv_heads", "q_heads", "mlp", "experts", "expert_mlp"), "its devices have different layers"),
 }
 REPLICABLE = ("kv_heads",)  # a copy still has query heads of its own to serve; of others it would do the same work
 OVERRIDABLE = ("vocab", "mlp", "experts", "expert_mlp")  # heads are cut as pages are, and those alike in all layers

@@ -23,6 +23,7 @@ from engine.estimate.hlo import Found, collectives_of
 from engine.estimate.links import Collective, merged
 from engine.executables import Executable, Memory, Program
 from engine.model.config import LayerSpec, ModelConfig
+from engine.model.place import one_stage
 from engine.programs import step_program
 from sharding.mesh import mesh_of
 from sharding.topology import topology_devices
@@ -76,21 +77,22 @@ def compile_steps(
 
 def compile_step(model: ModelConfig, config: EngineConfig, key: StepKey, devices: Sequence[Any], how: How) -> Compiled:
     """One step program for the devices; extrapolated over layers of the same kind unless all are asked for."""
-    kinds = list(dict.fromkeys(model.layers))
-    base = [kind for turn in (1, 2) for kind in kinds if model.layers.count(kind) >= turn]
+    layers, stages = one_stage(model, config.shards).layers, config.shards.count("layers")
+    kinds = list(dict.fromkeys(layers))
+    base = [kind for turn in (1, 2) for kind in kinds if layers.count(kind) >= turn]
     # Packed parameters of a checkpoint and overrides name layers, so these are not alike by their kind.
-    if how.full or config.stored or config.shards.in_layers or len(model.layers) <= len(base) + 1:
+    if how.full or config.stored or config.shards.in_layers or len(layers) <= len(base) + 1:
         return compile_whole(model, config, key, devices, how)
-    first = found = compile_whole(replace(model, layers=tuple(base)), config, key, devices, how)
+    first = found = compile_whole(replace(model, layers=tuple(base) * stages), config, key, devices, how)
     seconds = first.seconds
     for kind in kinds:
-        more = model.layers.count(kind) - 2
+        more = layers.count(kind) - 2
         if more < 1:
             continue
-        second = compile_whole(replace(model, layers=_with_one_more(base, kind)), config, key, devices, how)
+        second = compile_whole(replace(model, layers=_with_one_more(base, kind) * stages), config, key, devices, how)
         seconds += second.seconds
         found = _extrapolated(found, first, second, more)
-    return replace(found, seconds=seconds, layers=len(base) + 1)
+    return replace(found, seconds=seconds, layers=stages * (len(base) + 1))
 
 
 def _with_one_more(layers: Sequence[LayerSpec], kind: LayerSpec) -> tuple[LayerSpec, ...]:

@@ -22,7 +22,8 @@ from engine.config import EngineConfig
 from engine.estimate.links import Collective
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.layers import Params
-from engine.model.place import local_model
+from engine.model.place import local_model, one_stage
+from engine.pipeline import micro_of
 from engine.programs import compute_of, local_shapes
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.quantized import Quantized, tree_bytes
@@ -135,9 +136,10 @@ def prefill_steps(config: EngineConfig, length: int) -> list[Step]:
 def count_step(model: ModelConfig, config: EngineConfig, step: Step) -> Count:
     """What one device does in the step. Layers of a kind are alike, but for those that a checkpoint has packed."""
     alike = not config.stored and not config.shards.in_layers
-    kinds = tuple(dict.fromkeys(model.layers)) if alike else model.layers
-    times = [model.layers.count(kind) if alike else 1 for kind in kinds]
-    return _Counter(replace(model, layers=kinds), config, step).count(times)
+    layers = one_stage(model, config.shards).layers
+    kinds = tuple(dict.fromkeys(layers)) if alike else layers
+    times = [layers.count(kind) if alike else 1 for kind in kinds]
+    return _Counter(replace(model, layers=kinds * config.shards.count("layers")), config, step).count(times)
 
 
 class _Counter:
@@ -147,6 +149,7 @@ class _Counter:
         self.layout: KVLayout = compute_of(model, config).kv
         self.item = jnp.dtype(config.dtype).itemsize
         self.params = local_shapes(model, config)
+        self.num_micro = 1  # of which this is one
 
     def _at(self, scope: str) -> _Counter:
         """For the parameters of one scope."""
@@ -155,7 +158,7 @@ class _Counter:
         return here
 
     def count(self, times: Sequence[int]) -> Count:
-        """times: how often the model has each of the layers."""
+        """times: how often a stage, or the model, has each of the layers."""
         head = "embed" if self.model.tie_embeddings else "lm_head"
         total = self._at("embed")._embedding() + self._at(head)._logits(self.params[head])
         layers: dict[str, Params] = {}
@@ -163,9 +166,29 @@ class _Counter:
             if name.startswith("layers."):
                 _, layer, short = name.split(".", 2)
                 layers.setdefault(layer, {})[short] = weight
+        once, turns = self._in_turns()
         for i, (spec, often) in enumerate(zip(self.model.layers, times, strict=True)):
-            total += sum(self._at(f"layers.{i}")._layer(spec, layers[str(i)]), Count()) * often
-        return total
+            total += sum(once._at(f"layers.{i}")._layer(spec, layers[str(i)]), Count()) * (often * turns)
+        return total + Count(collectives=self._handed_on(once.step.tokens, turns))
+
+    def _in_turns(self) -> tuple[_Counter, int]:
+        """For one turn of a stage, and how many there are, one behind the other: see `engine.pipeline`."""
+        stages, tokens = self.shards.count("layers"), self.step.tokens
+        if stages == 1:
+            return self, 1
+        decodes = self.step.spans[0].tokens == 1
+        micro = micro_of(stages, tokens, 0) if decodes else micro_of(stages, 0, tokens)
+        once = copy.copy(self)
+        once.step, once.num_micro = replace(self.step, tokens=micro.rows + micro.tokens), micro.count
+        return once, micro.turns(stages)
+
+    def _handed_on(self, tokens: int, turns: int) -> tuple[Collective, ...]:
+        """From stage to stage but in the last turn, and from the last one to all."""
+        axes, size = self.shards.axes("layers"), float(self.model.hidden_size * self.item)
+        if not axes:
+            return ()
+        onward = Collective("collective-permute", axes, size * tokens, turns - 1)
+        return onward, Collective("all-reduce", axes, size * self.step.tokens)
 
     def _embedding(self) -> Count:
         moved = 2 * self.step.tokens * self.model.hidden_size * self.item
@@ -222,8 +245,8 @@ class _Counter:
         return read + self._product(weight, rows, *weight.shape[1:])
 
     def _attention(self, spec: LayerSpec) -> Count:
-        """Of the keys that this device has a part of the pages of: all of them, or as many as each other."""
-        parts = self.shards.count("sequence")
+        """Of the keys that this device has, and of the queries that are in one micro-batch: even shares."""
+        parts = self.shards.count("sequence") * self.num_micro
         pairs = sum(span.pairs(spec.window) for span in self.step.spans) / parts
         keys = sum(span.keys(spec.window) for span in self.step.spans) / parts
         new = sum(span.tokens * span.sequences for span in self.step.spans) / parts

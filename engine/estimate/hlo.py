@@ -20,7 +20,7 @@ _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _NAMED = re.compile(r"replica_groups=mesh\[[^\]]*\] ?\{([^}]*)\}")
-_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 

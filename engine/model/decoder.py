@@ -39,8 +39,27 @@ def hidden_states(
     tokens, positions: int32 [tokens]. params: see `engine.model.params`. caches: one a layer.
     config, params and caches are one device's share of them, see `local_model`.
     """
+    x = embedded(config, params, tokens, place)
+    return through_layers(config, params, x, positions, caches, view, attend, place)
+
+
+def embedded(config: ModelConfig, params: Params, tokens: Array, place: Place) -> Array:
+    """[tokens, embed], what enters the first layer."""
     x = _embed(place.at("embed"), params["embed"], tokens)
-    x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
+    return x * jnp.asarray(config.embedding_multiplier, x.dtype)
+
+
+def through_layers(
+    config: ModelConfig,
+    params: Params,
+    x: Array,
+    positions: Array,
+    caches: Sequence[Any],
+    view: Any,
+    attend: Attend,
+    place: Place,
+) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
+    """As `hidden_states`, from what enters the first layer."""
     ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
     new, chosen = [], []
     for i, spec in enumerate(config.layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from engine.errors import InvalidParam
-from engine.model.config import ModelConfig
+from engine.model.config import LayerSpec, ModelConfig
 from pallas_kernels.paged_attention.part import Part
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import CPU, Target
@@ -146,9 +146,39 @@ def without_copies(name: str, spec: ParamSpec, served: ParamSpec, array: Any, co
     return jax.tree.map(once, array)
 
 
+def stage_of(name: str, model: ModelConfig, shards: Shards) -> tuple[int, str]:
+    """The stage that a parameter of the model belongs to, and its name there; 0 and its own outside of the layers."""
+    if not name.startswith("layers."):
+        return 0, name
+    _, layer, short = name.split(".", 2)
+    stage, layer = divmod(int(layer), model.num_layers // shards.count("layers"))
+    return stage, f"layers.{layer}.{short}"
+
+
+def one_stage(model: ModelConfig, shards: Shards) -> ModelConfig:
+    """The model with the layers of one stage: all are alike. Raises InvalidParam where they are not."""
+    stages, layers = shards.count("layers"), model.layers
+    if stages == 1:
+        return model
+    size, rest = divmod(len(layers), stages)
+    if rest:
+        raise InvalidParam("sharding", f"{len(layers)} layers do not divide into {stages} stages")
+    other = next((i for i, layer in enumerate(layers) if layer != layers[i % size]), None)
+    if other is not None:
+        raise InvalidParam("sharding", f"stages of {size} layers must be alike, but layer {other} is not as layer "
+                           f"{other % size}: {_difference(layers[other], layers[other % size])}")  # fmt: skip
+    return replace(model, layers=layers[:size])
+
+
+def _difference(one: LayerSpec, other: LayerSpec) -> str:
+    return ", ".join(f"{f.name} {getattr(one, f.name)} and {getattr(other, f.name)}"[:80] for f in fields(one)
+                     if getattr(one, f.name) != getattr(other, f.name))  # fmt: skip
+
+
 def local_model(model: ModelConfig, shards: Shards) -> ModelConfig:
-    """The model as one device sees it: its share of the heads and of the MLPs. Experts are counted by all."""
-    model = replicated(model, shards)
+    """The model as one device sees it: its stage's layers, its share of the heads and of the MLPs. Experts are counted
+    by all."""
+    model = one_stage(replicated(model, shards), shards)
     kind = "kv_heads" if model.latent is None else "q_heads"
     heads, mlp = shards.count(kind), shards.count("mlp")
     experts = model.experts and replace(

@@ -26,7 +26,7 @@ from engine.model.config import LayerSpec, ModelConfig
 from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes, step_program
 from sharding.mesh import mesh_of
 from tests.engine.world import ROPE
-from tests.sharding.on_eight_devices import DENSE, EXPERTS, LATENT, config_of
+from tests.sharding.on_eight_devices import DENSE, EXPERTS, IN_STAGES, LATENT, config_of
 
 DEPTH = 5
 MODEL = replace(DENSE, layers=(LayerSpec(ROPE),) * DEPTH)
@@ -38,6 +38,7 @@ LAID = [
     pytest.param(EXPERTS, "overrides.yaml", marks=slow, id="experts-overrides"),
     pytest.param(LATENT, "tp", marks=slow, id="latent-tp"),
     pytest.param(DENSE, "dp-attention", id="dense-dp-attention"),
+    pytest.param(IN_STAGES, "pp", id="experts-pp"),
     pytest.param(EXPERTS, "context", id="experts-context"),
     pytest.param(EXPERTS, "dp-attention", marks=slow, id="experts-dp-attention"),
     pytest.param(EXPERTS, "tp-dp", marks=slow, id="experts-tp-dp"),

@@ -30,7 +30,7 @@ from engine.logits import TokenLogits
 from engine.model.config import Experts, Latent, LayerSpec, ModelConfig
 from engine.model.params import axis_sizes, param_axes, param_specs
 from engine.model.quantization import pack
-from engine.placement import placer
+from engine.placement import assembled, placer
 from engine.plan import Layout
 from engine.programs import page_bytes, serving_programs, step_program
 from engine.request import Request, SamplingParams
@@ -64,6 +64,8 @@ LATENT = replace(
     output_bias=False,
     latent=Latent(kv_rank=16, nope_dim=8, rope_dim=16, value_dim=12, q_rank=20),
 )  # fmt: skip
+IN_STAGES = replace(EXPERTS, layers=EXPERTS.layers * 2)
+DENSE_IN_STAGES, LATENT_IN_STAGES = replace(DENSE, layers=DENSE.layers * 2), replace(LATENT, layers=LATENT.layers * 2)
 GROUPED = replace(DENSE, num_kv_heads=2, qkv_bias=True, attention_sinks=True, attention_gate=True)
 slow = pytest.mark.slow
 # Two sums a layer and one for the embedding; the logits are gathered. The dense model norms over all heads, q and k
@@ -72,24 +74,34 @@ TWO_A_LAYER = {"all-reduce": 1 + 2 * 2, "all-gather": 1}
 COLLECTIVES = [
     pytest.param("dense", "tp", {"all-reduce": 1 + 2 * 3, "all-gather": 1}, marks=slow),
     pytest.param("experts", "tp", TWO_A_LAYER, marks=slow),
-    pytest.param("experts", "ep", TWO_A_LAYER),
+    pytest.param("experts", "ep", TWO_A_LAYER, marks=slow),
     pytest.param("latent", "tp", TWO_A_LAYER, marks=slow),
     # The embedding and the second layer's MLP are whole.
     pytest.param("experts", "overrides.yaml", {"all-reduce": 3, "all-gather": 1}),
     # Besides, in each layer, tokens are gathered and given back, and once it is asked whether any group goes on.
-    pytest.param("dense", "dp-attention", {"all-reduce": 1 + 2 * 3 + 1, "all-gather": 1 + 2, "reduce-scatter": 2}),
+    pytest.param(
+        "dense", "dp-attention", {"all-reduce": 1 + 2 * 3 + 1, "all-gather": 1 + 2, "reduce-scatter": 2}, marks=slow
+    ),
     pytest.param("experts", "tp-dp", {"all-reduce": 1 + 2 * 2 + 2, "all-gather": 1}, marks=slow),
     # A maximum and a sum more in each layer, over the parts of the pages.
-    pytest.param("latent", "context", {"all-reduce": 1 + 2 * 4, "all-gather": 1}),
+    pytest.param("latent", "context", {"all-reduce": 1 + 2 * 4, "all-gather": 1}, marks=slow),
+    # In each of three turns two layers, after two of which activations go on; at the end they go to everybody.
+    pytest.param(
+        "experts-4", "pp", {"all-reduce": 1 + 3 * 2 * 2 + 1, "collective-permute": 2, "all-gather": 1}, marks=slow
+    ),
     pytest.param("grouped", "tp-replicated", {"all-reduce": 1 + 2 * 3, "all-gather": 1}, marks=slow),
 ]
-MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED}
+MODELS = {
+    "dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED, "experts-4": IN_STAGES,
+    "dense-4": DENSE_IN_STAGES, "latent-4": LATENT_IN_STAGES,
+}  # fmt: skip
 CASES = [
     pytest.param("dense", "tp", marks=slow),
     pytest.param("grouped", "tp-replicated", marks=slow),  # whose tokens the resharding below sees
     pytest.param("dense", "dp-attention"),
     *(pytest.param(kind, "dp-attention", marks=slow) for kind in ("experts", "latent")),
     pytest.param("experts", "tp-dp", marks=slow),
+    *(pytest.param(kind, "pp", marks=slow) for kind in ("dense-4", "experts-4", "latent-4")),
     *(pytest.param(kind, "context", marks=slow) for kind in ("dense", "experts", "latent")),
     pytest.param("experts", "tp-ep", marks=slow),
     pytest.param("experts", "overrides.yaml", marks=slow),
@@ -131,27 +143,42 @@ def stored(config: EngineConfig) -> ProgramCache:
     return ProgramCache(Path(STORE.name), config=config)
 
 
-@cache
-def world_of(kind: str, config: EngineConfig) -> World:
+def runner_of(kind: str, config: EngineConfig, executables: dict[str, Executable]) -> Runner:
     model, put = MODELS[kind], placer(MODELS[kind], config)
     params = {name: put(name, array) for name, array in host_params(kind).items()}
-    programs, counters = serving_programs(model, config, mesh_of(config.shards)), Counters()
-    executables = compile_all(programs, stored(config), lambda phase, progress: None)
-    runner = Runner(model, config, params, executables, counters)
+    return Runner(model, config, assembled(model, config, params), executables, Counters())
+
+
+@cache
+def world_of(kind: str, config: EngineConfig) -> World:
+    model, programs = MODELS[kind], serving_programs(MODELS[kind], config, mesh_of(config.shards))
+    runner = runner_of(kind, config, compile_all(programs, stored(config), lambda phase, progress: None))
     runner.warm_up()
-    return World(model, config, flat(kind), runner, counters)
+    return World(model, config, flat(kind), runner, runner.counters)
+
+
+def check_logits(world: World) -> None:
+    tokens = np.random.default_rng(5).integers(0, 97, 100).tolist()
+    engine = world.engine().start()
+    found, wanted = TokenLogits(engine)(tokens), naive_logits(world.model, world.params, tokens)
+    engine.stop()
+    assert np.abs(found - wanted).max() / np.abs(wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [("latent", "context"), ("experts-4", "pp")])
+def test_logits_alone(kind: str, strategy: str) -> None:
+    """One program; what decodes is compiled on demand, below."""
+    config = config_of(MODELS[kind], strategy)
+    runner = runner_of(kind, config, {})
+    check_logits(World(MODELS[kind], config, flat(kind), runner, runner.counters))
 
 
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 def test_logits_and_tokens_are_those_of_one_device(kind: str, strategy: str) -> None:
-    model, config = MODELS[kind], config_of(MODELS[kind], strategy)
+    config = config_of(MODELS[kind], strategy)
     assert config.shards.num_devices == DEVICES
     world = world_of(kind, config)
-    tokens = np.random.default_rng(5).integers(0, 97, 100).tolist()
-    engine = world.engine().start()
-    found, wanted = TokenLogits(engine)(tokens), naive_logits(model, world.params, tokens)
-    engine.stop()
-    assert np.abs(found - wanted).max() / np.abs(wanted).max() < 1e-5
+    check_logits(world)
     for seed in (0, 1):
         run_schedule(world, seed, overlap=seed == 1)
 
@@ -164,7 +191,7 @@ def test_collectives_of_a_decode_step(kind: str, strategy: str, expected: dict[s
     text = compile_one(program, NoProgramCache()).compiled.as_text() or ""
     found = {
         name: len(re.findall(rf" {name}(?:-start)?\(", text))
-        for name in ("all-reduce", "all-gather", "all-to-all", "reduce-scatter")
+        for name in ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
     }
     assert {name: count for name, count in found.items() if count} == expected
 
@@ -183,13 +210,20 @@ def test_stored_programs_load_on_fewer_devices_than_there_are(devices: int, tmp_
     np.testing.assert_array_equal(loaded([x])[0][0], 2 * np.arange(8.0))
 
 
-def test_resharding_under_load_loses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four devices, two, four again while requests run; then a device fails, and everything is as it was."""
+HALVES = "mesh: {x: 2}\nrules:\n- kv_heads: x\n- mlp: x\n"
+SPREAD = "mesh: {c: 2, x: 2}\nrules:\n- sequence: c\n- kv_heads: x\n- mlp: [c, x]\n"
+
+
+@pytest.mark.parametrize(("other", "devices"), [(HALVES, 2), pytest.param(SPREAD, 4, marks=slow)])
+def test_resharding_under_load_loses_nobody(
+    other: str, devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four devices, others, four again while requests run; then a device fails, and everything is as it was."""
     config = config_of(GROUPED, "tp-replicated")
     world, two = world_of("grouped", config), tmp_path / "two.yaml"
     four = (resources.files("configs") / "sharding" / "tp-replicated.yaml").read_text().replace("fill", "4")
     (tmp_path / "four.yaml").write_text(four)
-    two.write_text("mesh: {x: 2}\nrules:\n- kv_heads: x\n- mlp: x\n")
+    two.write_text(other)
     engine, device = world.engine(), DeviceFacts("cpu", 1 << 32, False, count=8)
     before = world.counters.num_preemptions
     options = EngineOptions(kv_cache_memory_bytes=(config.num_pages - 1) * page_bytes(GROUPED, config))
@@ -213,7 +247,7 @@ def test_resharding_under_load_loses_nobody(tmp_path: Path, monkeypatch: pytest.
 
     engine._layouts = prepared
     engine.start()
-    for count, name in zip((2, 4), names, strict=True):
+    for count, name in zip((devices, 4), names, strict=True):
         engine.reshard(name)
         assert len(world.runner._params[0].sharding.device_set) == count
     to_shards, layout = placement._to_shards, engine.config
