@@ -67,26 +67,31 @@ SAMPLING_INTS = ("top_k", "seed_high", "seed_low", "min_len", "max_len", "flags"
 
 @dataclass(frozen=True, order=True)
 class StepKey:
-    """Names one step program: prefill tokens (0: a decode step) and decode rows."""
+    """Names one step program: prefill tokens (0: a decode step), decode rows, and tokens proposed for each of them."""
 
     tokens: int
     rows: int
+    drafts: int = 0
 
     @property
     def name(self) -> str:
-        return f"prefill_{self.tokens}_{self.rows}" if self.tokens else f"decode_{self.rows}"
+        if self.tokens:
+            return f"prefill_{self.tokens}_{self.rows}"
+        return f"verify_{self.rows}" if self.drafts else f"decode_{self.rows}"
 
 
 def lattice(config: EngineConfig) -> list[StepKey]:
     """Every step program that serving can need: the closed set."""
     prefill = [StepKey(t, d) for t in config.token_buckets for d in config.prefill_decode_buckets]
-    return prefill + [StepKey(0, rows) for rows in config.decode_buckets]
+    ways = [0, config.draft_tokens] if config.draft_tokens else [0]
+    return prefill + [StepKey(0, rows, drafts) for rows in config.decode_buckets for drafts in ways]
 
 
 def step_layout(config: EngineConfig, key: StepKey) -> Layout:
     """Fields of a step's vector. Idle rows name the idle slot; idle prefill rows come last."""
     idle = config.max_num_seqs
-    new_pages = -(-config.decode_steps // config.page_size) if key.tokens == 0 else 1
+    most_tokens = 1 if key.tokens else key.drafts + 1 if key.drafts else config.decode_steps
+    new_pages = -(-most_tokens // config.page_size)
     decode = [
         Field("decode_slot", (key.rows,), "int32", idle),
         Field("decode_count", (key.rows,), "int32"),
@@ -129,7 +134,7 @@ def step_key(config: EngineConfig, plan: StepPlan) -> StepKey:
     parts = parts_of(config, plan)
     num_decode = max(len(part.decode_rows) for part in parts)
     if not plan.prefill_rows:
-        return StepKey(0, _bucket(config.decode_buckets, num_decode))
+        return StepKey(0, _bucket(config.decode_buckets, num_decode), plan.drafts)
     return StepKey(
         _bucket(config.token_buckets, max(part.num_prefill_tokens for part in parts)),
         _bucket(config.prefill_decode_buckets, num_decode),
@@ -212,9 +217,9 @@ def sampling_row(seq: Sequence) -> dict[str, float]:
     }
 
 
-def needs_configure(seq: Sequence) -> bool:
+def needs_configure(config: EngineConfig, seq: Sequence) -> bool:
     """Whether the sequence uses rows of `Slots` that do not travel with every prefill."""
-    return bool(int(sampling_row(seq)["flags"]) & (USES_COUNTS | USES_BIAS | USES_MASK))
+    return bool(config.draft_tokens or int(sampling_row(seq)["flags"]) & (USES_COUNTS | USES_BIAS | USES_MASK))
 
 
 def configure_layout(config: EngineConfig, vocab_size: int) -> Layout:

@@ -52,6 +52,10 @@ class EngineOptions:
     sharding: str = option("single", "how the model is cut over the devices: a name in configs/sharding or a YAML file")
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
     decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
+    speculation: Literal["none", "ngram"] = option(
+        "none", "propose tokens from the sequence's own text and verify several at once; the output stays the same"
+    )
+    draft_tokens: int | None = option(None, "tokens that speculation proposes at once")
     overlap: bool = option(True, "launch a step before the tokens of the last one are read")
     max_queued_requests: int = option(1024, "requests that may wait; more are answered with 429")
     task: Literal["auto", "generate", "embed", "score"] = option(
@@ -72,14 +76,16 @@ class EngineOptions:
         if not self.model:
             raise InvalidParam("model", "must not be empty")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size",
-                     "kv_cache_memory_bytes", "decode_steps", "max_queued_requests"):  # fmt: skip
+                     "kv_cache_memory_bytes", "decode_steps", "draft_tokens", "max_queued_requests"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidParam(name, f"must be a positive integer, got {value!r}")
         count = self.state_checkpoints
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             raise InvalidParam("state_checkpoints", f"must be an integer of 0 or more, got {count!r}")
-        for name in ("dtype", "kv_cache_dtype", "quantization", "task"):
+        if self.draft_tokens is not None and self.speculation == "none":
+            raise InvalidParam("draft_tokens", "needs speculation")
+        for name in ("dtype", "kv_cache_dtype", "quantization", "task", "speculation"):
             known = get_args(get_type_hints(EngineOptions)[name])
             if getattr(self, name) not in known:
                 raise InvalidParam(name, f"must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -111,6 +117,7 @@ class EngineConfig:
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
     shards: Shards = WHOLE  # what is cut over which devices
+    draft_tokens: int = 0  # proposed for each row of a decode step; 0: no speculation
     state_checkpoints: int | None = None  # recurrent states kept for prefix reuse; None: no layer has a state
 
     @property

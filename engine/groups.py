@@ -14,6 +14,7 @@ from engine.prefix_cache import PrefixCache
 from engine.request import Request, TokenEvent
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.speculation import Speculation
 from engine.stats import Counters
 
 
@@ -34,6 +35,11 @@ class GroupedScheduler:
     @property
     def num_held_pages(self) -> int:
         return sum(group.num_held_pages for group in self.groups)
+
+    @property
+    def speculation(self) -> Speculation:
+        """Of the first group, as `resolve` refuses it with more than one."""
+        return self.groups[0].speculation
 
     @property
     def cache(self) -> PrefixCache:
@@ -64,7 +70,8 @@ class GroupedScheduler:
         if not plans:
             return None
         parts = ((plan.prefill_rows, plan.decode_rows, plan.admitted) for plan in plans)
-        return StepPlan(*(tuple(itertools.chain.from_iterable(rows)) for rows in zip(*parts, strict=True)))
+        prefill, decode, admitted = (tuple(itertools.chain.from_iterable(rows)) for rows in zip(*parts, strict=True))
+        return StepPlan(prefill, decode, admitted)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events = []

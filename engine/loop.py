@@ -10,17 +10,26 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
 from engine.groups import scheduler_of
 from engine.outbox import INTERNAL_ERROR, Outbox, Sink, error_delta
-from engine.plan import Layout, PendingStep, StepRunner
+from engine.plan import Layout, PendingStep, StepPlan, StepResult, StepRunner
 from engine.request import MAX_STOP_IDS, Request
 from engine.sequence import stop_token_ids
 from engine.stats import Counters, EngineStats
 from engine.text import Tokenizer
 from engine.thread import EngineThread
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on the device, and when it was sent there."""
+
+    step: PendingStep
+    at_s: float
 
 
 class Engine(EngineThread):
@@ -52,7 +61,7 @@ class Engine(EngineThread):
         self.outbox = Outbox(self.scheduler.end)
         self._layouts = layouts
         self._resharding = threading.Lock()
-        self._pending: PendingStep | None = None
+        self._pending: Launched | None = None
 
     # -- called from any thread ---------------------------------------------------------------
 
@@ -114,22 +123,36 @@ class Engine(EngineThread):
         plan = self.scheduler.plan()
         if plan is None:
             return False
-        self._commit(self.runner.launch(plan))
+        self._commit(self._launch(plan))
         return True
 
     def run_once_overlapped(self) -> bool:
         plan = self.scheduler.plan()
-        launched = self.runner.launch(plan) if plan is not None else None
+        launched = self._launch(plan) if plan is not None else None
         previous, self._pending = self._pending, launched
         if previous is not None:
             self._commit(previous)
         return launched is not None or previous is not None
 
-    def _commit(self, pending: PendingStep) -> None:
-        result = pending.result()
-        self._last_step_s = time.monotonic()
+    def _launch(self, plan: StepPlan) -> Launched:
+        launched_s = time.monotonic()
+        return Launched(self.runner.launch(plan), launched_s)
+
+    def _commit(self, launched: Launched) -> None:
+        plan, result = launched.step.plan, launched.step.result()
+        began_s, self._last_step_s = max(launched.at_s, self._last_step_s), time.monotonic()
         self.counters.chose(result.expert_tokens)
-        self.outbox.deliver(self.scheduler.commit(pending.plan, result))
+        if not plan.prefill_rows:
+            self._measure(plan, result, self._last_step_s - began_s)
+        self.outbox.deliver(self.scheduler.commit(plan, result))
+
+    def _measure(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """What a decode step brought, with or without proposed tokens."""
+        drawn = sum(len(row.token_ids) for row in result.decode)
+        self.scheduler.speculation.observe(len(plan.decode_rows), plan.drafts, drawn, seconds)
+        if plan.drafts:
+            self.counters.draft_tokens += result.num_proposed
+            self.counters.accepted_draft_tokens += drawn - sum(len(row.token_ids) > 0 for row in result.decode)
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, None

@@ -38,7 +38,7 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """Up to `count` tokens decoded from `start`, after `new_pages` joined the block table."""
+    """Up to `count` tokens decoded from `start` at the latest, after `new_pages` joined the block table."""
 
     seq: Sequence
     start: int
@@ -55,6 +55,7 @@ class StepPlan:
     prefill_rows: tuple[PrefillRow, ...]
     decode_rows: tuple[DecodeRow, ...]
     admitted: tuple[Sequence, ...]  # new in their slots with this step
+    drafts: int = 0  # tokens that a decode step proposes for each row, and verifies
 
     def of_group(self, group: int) -> StepPlan:
         """The rows of one group of requests."""
@@ -102,6 +103,7 @@ class StepResult:
     decode: tuple[RowResult, ...]
     prompt_logprobs: tuple[PromptLogprobs | None, ...]  # one a prefill row
     expert_tokens: np.ndarray | None = None  # int32 [layers with experts, experts], tokens that chose each
+    num_proposed: int = 0  # draft tokens of all rows
 
 
 @dataclass(frozen=True, slots=True)

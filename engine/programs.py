@@ -186,8 +186,10 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: M
         function = partial(steps.prefill_step, compute_of(model, config), layout)
         output = steps.empty_output_shape(model, key.rows + config.max_prefill_rows, 1, key.tokens)
     else:
-        function = partial(steps.decode_step, compute_of(model, config), layout, config.decode_steps)
-        output = steps.empty_output_shape(model, key.rows, config.decode_steps, 0)
+        step = partial(steps.verify_step if key.drafts else steps.decode_step, compute_of(model, config), layout)
+        most_steps = key.drafts + 1 if key.drafts else config.decode_steps
+        function = partial(step, most_steps)
+        output = steps.empty_output_shape(model, key.rows, most_steps, 0, verifies=key.drafts > 0)
     state = (param_shapes(model, config), kv_shapes(model, config), *_held(model, config, layout))
     program = Program(key.name, function, state, donated=(1, 2), outputs=(state[1], state[2], output))
     return _mapped(program, model, config, mesh)
@@ -233,4 +235,5 @@ def configure_program(model: ModelConfig, config: EngineConfig, mesh: Mesh | Non
 
 
 def slots_of(model: ModelConfig, config: EngineConfig) -> Slots:
-    return slots_shape(config.max_num_seqs, config.max_pages_per_seq, model.vocab_size)
+    history_len = config.max_model_len if config.draft_tokens else 0
+    return slots_shape(config.max_num_seqs, config.max_pages_per_seq, model.vocab_size, history_len)

@@ -67,6 +67,7 @@ class Pending:
             decode=tuple(row(size * group + i) for group, i in _places(self.plan.decode_rows)),
             prompt_logprobs=self._prompt_logprobs(),
             expert_tokens=None if self.output.expert_tokens is None else np.asarray(self.output.expert_tokens),
+            num_proposed=0 if self.output.num_proposed is None else int(np.asarray(self.output.num_proposed).sum()),
         )
 
     def _prompt_logprobs(self) -> tuple[PromptLogprobs | None, ...]:
@@ -140,7 +141,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Pending:
         """Send the plan to the device: one transfer, one dispatch, more only for unusual admissions."""
         for seq in plan.admitted:
-            if needs_configure(seq):
+            if needs_configure(self.config, seq):
                 vector = build_configure(self.config, self._configure_layout, seq, self.model.vocab_size)
                 self.configure(vector)
         key = step_key(self.config, plan)

@@ -17,6 +17,7 @@ from engine.plan import DecodeRow, PrefillRow, RowResult, StateMove, StepPlan, S
 from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
 from engine.request import FinishReason, Request, TokenEvent
 from engine.sequence import Sequence, State
+from engine.speculation import Speculation
 from engine.stats import Counters
 
 MASK64 = (1 << 64) - 1
@@ -28,6 +29,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, counters: Counters, group: int = 0) -> None:
         self.config = config
         self.counters = counters
+        self.speculation = Speculation(config.draft_tokens)
         self.cache = _empty_cache(config)
         self.waiting: list[Sequence] = []  # by order
         self.running: list[Sequence] = []  # by order
@@ -123,7 +125,8 @@ class Scheduler:
         self.cache.checkpoints.begin_step()
         # Decode rows take their pages first: they are older than whatever is admitted here.
         mixed = self.has_prompts if together is None else together
-        decode_rows = self._plan_decode(1 if mixed else self.config.decode_steps)
+        drafts = 0 if mixed else self.speculation.drafts(len(self.running))
+        decode_rows = self._plan_decode(1 if mixed else drafts + 1 if drafts else self.config.decode_steps)
         # Preempting above may have made room, but multi-token rows cannot ride along.
         alone = together is None and not decode_rows
         prefill_rows, admitted = self._plan_prefill() if mixed or alone else ([], [])
@@ -131,7 +134,7 @@ class Scheduler:
             return None
         for row in itertools.chain(prefill_rows, decode_rows):
             row.seq.in_flight += 1
-        return StepPlan(tuple(prefill_rows), tuple(decode_rows), tuple(admitted))
+        return StepPlan(tuple(prefill_rows), tuple(decode_rows), tuple(admitted), 0 if prefill_rows else drafts)
 
     def _plan_decode(self, num_steps: int) -> list[DecodeRow]:
         rows = []
@@ -314,6 +317,8 @@ class Scheduler:
                 finish_reason=FinishReason.ERROR,
                 error="the model produced numbers that are not finite",
             )
+        if seq.state is State.RUNNING and not seq.prefilling:
+            seq.computed -= launched - len(drawn.token_ids)  # proposed tokens that were refused
         outcome = seq.absorb(drawn.token_ids.tolist())
         self.counters.generation_tokens += outcome.num_accepted
         if seq.state is State.RUNNING and not seq.prefilling:

@@ -26,7 +26,8 @@ class Sequence:
         [0 ........ computed) [computed .. len(token_ids) + pending)
          KV launched            tokens without KV; `pending` of them are not read back yet
 
-    A decoding sequence has computed == len(token_ids) + pending - 1: the last token is fed next.
+    A decoding sequence has computed == len(token_ids) + pending - 1: the last token is fed next. `pending`
+    counts what was launched at most: proposed tokens that were refused leave both when the step is read.
     """
 
     request: Request

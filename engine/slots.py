@@ -54,14 +54,15 @@ class Slots:
     bias_ids: Array  # int32 [slots, MAX_LOGIT_BIAS]; vocab size where unused; valid with USES_BIAS
     bias_values: Array  # float32 [slots, MAX_LOGIT_BIAS]
     allowed_bits: Array  # uint32 [slots, vocab / 32], bit set: may be drawn; valid with USES_MASK
+    history: Array | None = None  # int32 [slots, longest sequence], its tokens; None: nothing is proposed from them
 
 
-def slots_shape(num_seqs: int, pages_per_seq: int, vocab_size: int) -> Slots:
+def slots_shape(num_seqs: int, pages_per_seq: int, vocab_size: int, history_len: int = 0) -> Slots:
     """Abstract `Slots` for `num_seqs` sequences and the idle row."""
-    return jax.eval_shape(lambda: _empty_slots(num_seqs + 1, pages_per_seq, vocab_size))
+    return jax.eval_shape(lambda: _empty_slots(num_seqs + 1, pages_per_seq, vocab_size, history_len))
 
 
-def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int) -> Slots:
+def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int, history_len: int) -> Slots:
     ints, floats = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), jnp.float32)
     return Slots(
         last_token=ints,
@@ -88,6 +89,7 @@ def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int) -> Slots:
         bias_ids=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.int32),
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
         allowed_bits=jnp.zeros((rows, -(-vocab_size // 32)), jnp.uint32),
+        history=jnp.zeros((rows, history_len), jnp.int32) if history_len else None,
     )
 
 

@@ -17,6 +17,8 @@ class Counters:
     prefix_hits_tokens: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    draft_tokens: int = 0  # proposed by speculation
+    accepted_draft_tokens: int = 0
     texts: int = 0  # embedded or scored
     compiles: int = 0
     compile_s: float = 0.0
@@ -54,4 +56,6 @@ class EngineStats:
     tokens_padded: int
     last_step_age_s: float  # since the last committed step; 0 when idle
     texts: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     expert_tokens: np.ndarray | None = None  # as in `Counters`

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import pipeline, sampler
+from engine import drafts, pipeline, sampler
 from engine.attend import DecodeRows, Memory, PrefillRows, cache_view
 from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.model import decoder
 from engine.model.config import ModelConfig
 from engine.model.layers import Params
 from engine.model.place import Place
+from engine.pages import TRASH_PAGE
 from engine.recur import LayerStates
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
@@ -61,6 +62,7 @@ class StepOutput:
     top_logprobs: Array  # float32 [rows, steps, MAX_LOGPROBS]
     prompt: tuple[Array, Array, Array] | None = None  # as logprobs_of, a row a prefill token
     expert_tokens: Array | None = None  # int32 [layers with experts, experts], tokens that chose each
+    num_proposed: Array | None = None  # int32 [rows], draft tokens of a verifying step
 
 
 def unpack(layout: Layout, vector: Array) -> dict[str, Array]:
@@ -104,6 +106,49 @@ def decode_step(
     return kv, slots, out
 
 
+def verify_step(
+    compute: Compute, layout: Layout, max_steps: int, params: Params, kv: KV, slots: Slots, vector: Array
+) -> tuple[KV, Slots, StepOutput]:
+    """Like `decode_step`, from one forward pass over each row's last token and max_steps - 1 proposed ones.
+
+    A row draws its tokens one after the other, each as decoding would, and goes on while it draws what was
+    proposed. A draft is one token with certainty, so that is speculative sampling (arXiv 2211.17192): a token
+    is accepted as often as the model would draw it; and as draws depend on seed and position alone, the
+    output is that of decoding, token by token.
+    """
+    batch = unpack(layout, vector)
+    slot = batch["decode_slot"]
+    slots = add_pages(slots, slot, batch["first_new_page"], batch["new_pages"])
+    sampling, position, rows = slots.sampling.rows(slot), slots.position[slot], slot.shape[0]
+    active = slots.active[slot] & (batch["decode_count"] > 0)
+    proposed = drafts.propose(known(slots)[slot], position, max_steps - 1)
+    tokens = jnp.concatenate([slots.last_token[slot][:, None], jnp.maximum(proposed, 0)], axis=1)
+    kv, hidden, load = forward(
+        compute, params, kv, tokens.reshape(-1), nobody(slots), verified_rows(slots, slot, active, max_steps)
+    )
+    logits = logits_of(compute, params, hidden).reshape(rows, max_steps, -1)
+    out = replace(
+        empty_output(compute.model, rows, max_steps, verifies=True),
+        num_proposed=jnp.sum((proposed >= 0) & active[:, None], axis=1, dtype=jnp.int32),
+        expert_tokens=load,
+    )
+
+    def turn(state: tuple[Array, Array, Slots, StepOutput]) -> tuple[Array, Array, Slots, StepOutput]:
+        i, drawing, slots, out = state
+        drawn = sampler.draw(logits[:, i], slots, slot, sampling, position + i + 1)
+        out = record(out, i, drawn, drawing, None)
+        slots = advance(slots, slot, drawn, sampling, position + i + 1, drawing)
+        expected = jnp.take_along_axis(proposed, jnp.minimum(i, max_steps - 2)[None, None], axis=1)[:, 0]
+        goes_on = drawing & slots.active[slot] & (drawn.token == expected) & (i + 1 < batch["decode_count"])
+        return i + 1, goes_on, slots, out
+
+    def more(state: tuple[Array, Array, Slots, StepOutput]) -> Array:
+        return (state[0] < max_steps) & compute.place.any(state[1])
+
+    _, _, slots, out = jax.lax.while_loop(more, turn, (jnp.int32(0), active, slots, out))
+    return kv, slots, out
+
+
 def prefill_step(
     compute: Compute, layout: Layout, params: Params, kv: KV, slots: Slots, vector: Array
 ) -> tuple[KV, Slots, StepOutput]:
@@ -142,9 +187,7 @@ def token_logits(
 ) -> tuple[KV, Slots, Array]:
     """Like `prefill_step` without decode rows or drawing: float32 logits [tokens, vocab] of every token."""
     batch = unpack(layout, vector)
-    none = jnp.zeros((0,), jnp.int32)
-    nobody = DecodeRows(none, none, none != 0, slots.block_tables[:0])
-    kv, hidden, _ = forward(compute, params, kv, batch["tokens"], nobody, prefill_rows(batch))
+    kv, hidden, _ = forward(compute, params, kv, batch["tokens"], nobody(slots), prefill_rows(batch))
     return kv, slots, logits_of(compute, params, hidden)
 
 
@@ -165,6 +208,7 @@ def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
         bias_ids=slots.bias_ids.at[slot].set(fields["bias_ids"]),
         bias_values=slots.bias_values.at[slot].set(fields["bias_values"]),
         allowed_bits=slots.allowed_bits.at[slot].set(bits),
+        history=None if slots.history is None else slots.history.at[slot].set(fields["tokens"]),
     )
 
 
@@ -199,6 +243,28 @@ def _no_load(model: ModelConfig) -> Array | None:
     """None: no layer has experts."""
     layers = sum(layer.ffn == "experts" for layer in model.layers)
     return jnp.zeros((layers, model.experts.num_experts), jnp.int32) if model.experts and layers else None
+
+
+def nobody(slots: Slots) -> DecodeRows:
+    """No decode rows."""
+    none = jnp.zeros((0,), jnp.int32)
+    return DecodeRows(none, none, none != 0, slots.block_tables[:0])
+
+
+def verified_rows(slots: Slots, slot: Array, active: Array, count: int) -> PrefillRows:
+    """`count` tokens of each row from its position on. What has no page goes to the trash page: tokens of idle
+    rows, and those that the sequence will not have room for."""
+    tables = jnp.where(active[:, None], slots.block_tables[slot], TRASH_PAGE)
+    tables = jnp.pad(tables, ((0, 0), (0, count)), constant_values=TRASH_PAGE)  # a page may hold one token
+    starts = count * jnp.arange(slot.shape[0], dtype=jnp.int32)
+    return PrefillRows(starts, jnp.full_like(starts, count), jnp.where(active, slots.position[slot], 0), tables)
+
+
+def known(slots: Slots) -> Array:
+    """int32 [slots, longest sequence]: every sequence's tokens."""
+    if slots.history is None:
+        raise ValueError("slots were made without a history")
+    return slots.history
 
 
 def decode_copies(batch: dict[str, Array], position: Array) -> Array | None:
@@ -246,10 +312,16 @@ def advance(slots: Slots, slot: Array, drawn: Drawn, sampling: Sampling, length:
         position=slots.position.at[slot].set(position),
         active=slots.active.at[slot].set(active),
         output_counts=sampler.count_output(slots, slot, drawn.token, drawing),
+        history=None if slots.history is None else remember(slots.history, slot, drawn.token, length, drawing),
     )
 
 
-def empty_output(model: ModelConfig, rows: int, steps: int) -> StepOutput:
+def remember(history: Array, slot: Array, token: Array, length: Array, drawing: Array) -> Array:
+    """`history` with each drawing row's token, which follows `length` others."""
+    return history.at[slot, jnp.where(drawing, length, history.shape[1])].set(token, mode="drop")
+
+
+def empty_output(model: ModelConfig, rows: int, steps: int, *, verifies: bool = False) -> StepOutput:
     wide = (rows, steps, MAX_LOGPROBS)
     return StepOutput(
         tokens=jnp.zeros((rows, steps), jnp.int32),
@@ -259,12 +331,15 @@ def empty_output(model: ModelConfig, rows: int, steps: int) -> StepOutput:
         top_ids=jnp.zeros(wide, jnp.int32),
         top_logprobs=jnp.zeros(wide, jnp.float32),
         expert_tokens=_no_load(model),
+        num_proposed=jnp.zeros((rows,), jnp.int32) if verifies else None,
     )
 
 
-def empty_output_shape(model: ModelConfig, rows: int, steps: int, prompt_tokens: int) -> StepOutput:
-    """Abstract output of a step; with `prompt_tokens`, of a prefill step."""
-    out = jax.eval_shape(lambda: empty_output(model, rows, steps))
+def empty_output_shape(
+    model: ModelConfig, rows: int, steps: int, prompt_tokens: int, *, verifies: bool = False
+) -> StepOutput:
+    """Abstract output of a step; with `prompt_tokens`, of a prefill step; with `verifies`, of a verifying one."""
+    out = jax.eval_shape(lambda: empty_output(model, rows, steps, verifies=verifies))
     return replace(out, prompt=jax.eval_shape(lambda: sampler.no_logprobs(prompt_tokens)) if prompt_tokens else None)
 
 

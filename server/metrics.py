@@ -137,6 +137,8 @@ _COUNTERS = (
     ("vllm:num_preemptions", "Preemptions", "num_preemptions"),
     ("vllm:prompt_tokens", "Prompt tokens taken in", "prompt_tokens"),
     ("vllm:generation_tokens", "Tokens generated", "generation_tokens"),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens that speculation proposed", "draft_tokens"),
+    ("vllm:spec_decode_num_accepted_tokens", "Proposed tokens that were accepted", "accepted_draft_tokens"),
     ("octavo_texts", "Texts embedded or scored; by octavo_steps, texts a step", "texts"),
     ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache", "prefix_queries_tokens"),
     ("vllm:prefix_cache_hits", "Tokens found in the prefix cache", "prefix_hits_tokens"),

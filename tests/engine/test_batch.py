@@ -138,7 +138,7 @@ def test_prefill_rows() -> None:
 def test_flags(params: dict[str, Any], flags: int) -> None:
     seq = sequence(0, **params)
     assert sampling_row(seq)["flags"] == flags
-    assert needs_configure(seq) == bool(flags & ~USES_LOGPROBS)
+    assert needs_configure(CONFIG, seq) == bool(flags & ~USES_LOGPROBS)
 
 
 @pytest.mark.parametrize("vocab", [251, 256])

@@ -127,6 +127,52 @@ def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> Non
         run_schedule(world(kind), seed, overlap=seed % 2 == 0)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_text_that_repeats_itself_takes_fewer_steps_and_keeps_its_tokens(overlap: bool) -> None:
+    """Few tokens allowed, so that the same ones come again; drawn with a seed, with penalties and logprobs."""
+    w = world("ngram")
+    engine = w.engine(overlap=overlap, enable_prefix_caching=False)
+    params = SamplingParams(
+        temperature=0.7, seed=11, max_tokens=60, ignore_eos=True, allowed_token_ids=(3, 4, 5), logprobs=2,
+        presence_penalty=0.2,
+    )  # fmt: skip
+    clients = [
+        Client.of(Request(request_id=f"loop-{i}", prompt_token_ids=(3, 4, 5) * (i + 1), params=params))
+        for i in range(3)
+    ]
+    before = engine.stats()
+    for client in clients:
+        engine.submit(client.request, client)
+    run(engine)
+    after = engine.stats()
+    proposed = after.draft_tokens - before.draft_tokens
+    accepted = after.accepted_draft_tokens - before.accepted_draft_tokens
+    assert 0 < accepted < proposed
+    for client in clients:
+        check_choice(w, client.request, 11, client.tokens[0], client.finished[0])
+        assert [t for d in client.deltas[0] for t in d.token_ids] == client.tokens[0] and len(client.tokens[0]) == 60
+        logprobs = [one for d in client.deltas[0] for one in d.logprobs or ()]
+        assert [one.token_id for one in logprobs] == client.tokens[0]
+
+
+def test_wrong_proposals_change_nothing() -> None:
+    """Histories of other tokens: what is proposed is wrong, and the output must be right all the same."""
+    w = world("ngram")
+    engine = w.engine(overlap=False)
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    client = Client.of(Request(request_id="spoilt", prompt_token_ids=tuple(range(30)), params=params))
+    engine.submit(client.request, client)
+    history = next(i for i, a in enumerate(w.runner._slots) if a.shape == (7, w.config.max_model_len))
+    before = engine.stats()
+    for _ in range(500):
+        engine._read_inbox(block=False)
+        w.runner._slots = [a.at[:].set(a % 2) if i == history else a for i, a in enumerate(w.runner._slots)]
+        if not engine.run_once():
+            break
+    assert engine.stats().draft_tokens > before.draft_tokens
+    check_choice(w, client.request, 0, client.tokens[0], client.finished[0])
+
+
 def test_expert_load_counts_the_tokens_of_sequences_alone() -> None:
     """Several prompts in chunks and decoding together: idle rows and padding chose nothing."""
     w = world("latent")

@@ -1,0 +1,106 @@
+"""Speculation from the text itself against plain decoding, in turn in one process, on the default model.
+
+    python -m benchmarks.speculation [--streams 1 4 16] [--rounds 5] [--draft-tokens 3]
+
+Two kinds of prompt, 96 tokens out, greedy, offline: `copied`, a passage and its first words again, which
+the model goes on copying; `free`, a passage to continue. Outputs must be equal, or it says how many are.
+Results go to benchmarks/results/ and to the last line as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.prompts import make_prompts
+from benchmarks.report import finish, table, versions
+from engine import LLM, SamplingParams
+from engine.config import DEFAULT_MODEL
+from pallas_kernels.native import library
+
+PASSAGE_TOKENS, AGAIN_TOKENS, OUTPUT_TOKENS = 160, 24, 96
+
+
+@dataclass(frozen=True)
+class Round:
+    """One batch of equal requests, from the first submit to the last token."""
+
+    tokens_per_s: float
+    outputs: list[tuple[int, ...]]
+    proposed: int
+    accepted: int
+
+
+def measure(llm: LLM, prompts: list[list[int]]) -> Round:
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    before, start_s = llm.engine.stats(), time.perf_counter()
+    found = llm.generate(prompts, params)
+    seconds, after = time.perf_counter() - start_s, llm.engine.stats()
+    return Round(
+        len(prompts) * OUTPUT_TOKENS / seconds,
+        [tuple(one.outputs[0].token_ids) for one in found],
+        after.draft_tokens - before.draft_tokens,
+        after.accepted_draft_tokens - before.accepted_draft_tokens,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--draft-tokens", type=int)
+    args = parser.parse_args()
+    sizes: dict[str, Any] = {"max_num_seqs": max(args.streams), "max_model_len": 512, "enable_prefix_caching": False}
+    plain = LLM(DEFAULT_MODEL, **sizes)
+    drafted = LLM(DEFAULT_MODEL, speculation="ngram", draft_tokens=args.draft_tokens, **sizes)
+    tokenizer = plain.engine.tokenizer
+    if tokenizer is None:
+        raise RuntimeError("the default model has no tokenizer")
+    rows = []
+    for kind, again in (("copied", AGAIN_TOKENS), ("free", 0)):
+        for streams in args.streams:
+            rounds: list[tuple[Round, Round]] = []
+            for seed in range(args.rounds + 1):  # the first, in which both ways are tried, is not counted
+                passages = [list(p.token_ids) for p in make_prompts(tokenizer, PASSAGE_TOKENS, streams, seed)]
+                prompts = [[*passage, *passage[:again]] for passage in passages]
+                rounds.append((measure(plain, prompts), measure(drafted, prompts)))
+            counted = rounds[1:]
+            equal = sum(a == b for one, other in counted for a, b in zip(one.outputs, other.outputs, strict=True))
+            rows.append(
+                {
+                    "prompts": kind,
+                    "streams": streams,
+                    "plain_tokens_per_s": median(one.tokens_per_s for one, _ in counted),
+                    "ngram_tokens_per_s": median(other.tokens_per_s for _, other in counted),
+                    "ratio": median(other.tokens_per_s / one.tokens_per_s for one, other in counted),
+                    "proposed": sum(other.proposed for _, other in counted),
+                    "accepted": sum(other.accepted for _, other in counted),
+                    "equal_outputs": equal,
+                    "outputs": streams * len(counted),
+                }
+            )
+    shown = [
+        [
+            row["prompts"],
+            row["streams"],
+            *(f"{row[name]:.1f}" for name in ("plain_tokens_per_s", "ngram_tokens_per_s")),
+            f"{row['ratio']:.2f}",
+            f"{row['accepted']} of {row['proposed']}",
+            f"{row['equal_outputs']} of {row['outputs']}",
+        ]
+        for row in rows
+    ]
+    print(table(["prompts", "streams", "plain tok/s", "ngram tok/s", "ratio", "accepted", "equal"], shown))
+    facts = {"instruction_set": library().isa, "rounds": args.rounds, "versions": versions("jax", "jaxlib")}
+    finish(
+        "speculation",
+        "cpu",
+        facts | {"draft_tokens": drafted.engine.config.draft_tokens, "output_tokens": OUTPUT_TOKENS, "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""When to speculate: what has measured more tokens a second, for about so many sequences.
+
+Plain bookkeeping without a clock. The tokens are the same either way, so that a choice by time changes no output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TRIALS = 4  # steps of each way before they are compared
+PROBE_EVERY = 64  # steps, after which the slower way gets another try: texts change
+WEIGHT = 0.1  # of a new measurement
+
+
+@dataclass(slots=True)
+class Pace:
+    """Of one way to decode, for about so many sequences."""
+
+    tokens_per_s: float = 0.0
+    steps: int = 0
+
+    def add(self, tokens_per_s: float) -> None:
+        self.steps += 1
+        weight = max(WEIGHT, 1 / self.steps)
+        self.tokens_per_s += weight * (tokens_per_s - self.tokens_per_s)
+
+
+@dataclass(slots=True)
+class Speculation:
+    """Chooses between decode steps with `draft_tokens` proposed tokens a sequence and those with none."""
+
+    draft_tokens: int
+    _paces: dict[tuple[int, bool], Pace] = field(default_factory=dict)
+    _since_probe: dict[int, int] = field(default_factory=dict)
+
+    def drafts(self, num_seqs: int) -> int:
+        """Tokens to propose for each sequence in the next step: draft_tokens or 0."""
+        if not self.draft_tokens or not num_seqs:
+            return 0
+        size = num_seqs.bit_length()
+        plain, drafted = self._pace(size, drafted=False), self._pace(size, drafted=True)
+        if min(plain.steps, drafted.steps) < TRIALS:
+            return self.draft_tokens if drafted.steps <= plain.steps else 0
+        better = drafted.tokens_per_s > plain.tokens_per_s
+        since = self._since_probe.get(size, 0) + 1
+        self._since_probe[size] = since % PROBE_EVERY
+        return self.draft_tokens if better != (since == PROBE_EVERY) else 0
+
+    def observe(self, num_seqs: int, drafts: int, num_tokens: int, seconds: float) -> None:
+        """A decode step of so many sequences drew `num_tokens` in `seconds`."""
+        if self.draft_tokens and num_seqs and seconds > 0:
+            self._pace(num_seqs.bit_length(), drafted=drafts > 0).add(num_tokens / seconds)
+
+    def _pace(self, size: int, *, drafted: bool) -> Pace:
+        return self._paces.setdefault((size, drafted), Pace())
