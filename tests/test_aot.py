@@ -170,6 +170,9 @@ def meshed_cases() -> Iterator[Any]:
             for sharding in ("ep", "dp-attention"):
                 case = ("qwen3-30b-a3b", kind, chip, sharding, {})
                 yield pytest.param(*case, marks=[pytest.mark.slow], id=f"qwen3-30b-a3b-{sharding}-{kind}-{chip}")
+            for sharding in ("context", "pp"):
+                case = ("llama-3.1-8b", kind, chip, sharding, {})
+                yield pytest.param(*case, marks=[pytest.mark.slow], id=f"llama-3.1-8b-{sharding}-{kind}-{chip}")
 
 
 @pytest.mark.aot
