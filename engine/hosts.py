@@ -24,6 +24,8 @@ from engine.errors import InvalidParam, OctavoError
 SILENCE_S = 10.0  # without a sign of life a peer counts as lost
 PULSE_S = 1.0
 MAX_HEADER, MAX_PAYLOAD = 1 << 20, 1 << 28
+PORT = 8476  # of the leader, where no flag says another
+LEADER_WORKER_SET = ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")
 _SIZES = struct.Struct(">II")
 
 Lost = Callable[[str], None]  # ends the process; called from any thread
@@ -44,8 +46,10 @@ class Hosts:
         return f"{self.leader}:{self.port}"
 
 
-def hosts_of(coordinator: str | None, num_processes: int | None, process_id: int | None, port: int = 8476) -> Hosts:
-    """From what was asked, else from LeaderWorkerSet's environment. Raises InvalidParam."""
+def hosts_of(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, port: int = PORT
+) -> Hosts | None:
+    """From what was asked, else from LeaderWorkerSet's environment; None: neither says. Raises InvalidParam."""
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
@@ -55,18 +59,20 @@ def hosts_of(coordinator: str | None, num_processes: int | None, process_id: int
     host, _, digits = str(coordinator).rpartition(":")
     if not host or not digits.isdecimal() or not 0 < int(digits) < 65535:
         raise InvalidParam("coordinator", f"must be HOST:PORT, got {coordinator!r}")
-    return _checked(Hosts(host.strip("[]"), int(digits), int(num_processes or 0), int(process_id or 0)))
+    return checked(Hosts(host.strip("[]"), int(digits), int(num_processes or 0), int(process_id or 0)))
 
 
-def _of_leader_worker_set(environment: Mapping[str, str], port: int) -> Hosts:
-    names = ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")
-    address, count, index = (environment.get(name, "") for name in names)
+def _of_leader_worker_set(environment: Mapping[str, str], port: int) -> Hosts | None:
+    address, count, index = (environment.get(name, "") for name in LEADER_WORKER_SET)
+    if not (address or count or index):
+        return None
     if not address or not count.isdecimal() or not index.isdecimal():
-        raise InvalidParam("coordinator", f"is not given, and {', '.join(names)} do not say who takes part")
-    return _checked(Hosts(address, port, int(count), int(index)))
+        raise InvalidParam("coordinator", f"is not given, and {', '.join(LEADER_WORKER_SET)} do not say who takes part")
+    return checked(Hosts(address, port, int(count), int(index)))
 
 
-def _checked(hosts: Hosts) -> Hosts:
+def checked(hosts: Hosts) -> Hosts:
+    """Raises InvalidParam where they are not several, or this is none of them."""
     if hosts.count < 2:
         raise InvalidParam("num_processes", f"must be at least 2, got {hosts.count}")
     if not 0 <= hosts.index < hosts.count:

@@ -7,18 +7,44 @@ reads tokens and serves.
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from engine.config import EngineConfig
 from engine.errors import InvalidParam, OctavoError
 from engine.executables import Executable
-from engine.hosts import Hosts, Lost, Peer, gather, join, send_all
+from engine.hosts import LEADER_WORKER_SET, PORT, Hosts, Lost, Peer, checked, gather, join, send_all
 from engine.runner import Runner
+
+MAX_HOST_NAME = 256  # bytes, as POSIX has it
+
+
+def detected_hosts(timeout_s: float) -> Hosts:
+    """Who takes part as JAX's own detection of clusters says, which joins them too. Raises InvalidParam."""
+    try:
+        _initialize(timeout_s)
+    except (ValueError, RuntimeError) as error:
+        raise InvalidParam(
+            "coordinator", f"is not given; {', '.join(LEADER_WORKER_SET)} are not set, and JAX finds no cluster that "
+            f"it knows (a TPU slice, SLURM, Open MPI, Kubernetes): {str(error).splitlines()[0]}",
+        ) from None  # fmt: skip
+    name = np.zeros(MAX_HOST_NAME, np.uint8)
+    mine = socket.gethostname().encode()
+    name[: len(mine)] = np.frombuffer(mine, np.uint8)
+    leader = bytes(multihost_utils.broadcast_one_to_all(name)).rstrip(b"\0").decode()
+    return checked(Hosts(leader, PORT, jax.process_count(), jax.process_index()))
+
+
+def _initialize(timeout_s: float, *whom: Any) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the server
+    jax.distributed.initialize(*whom, initialization_timeout=round(timeout_s), shutdown_timeout_seconds=10)
 
 
 class Replica:
@@ -28,12 +54,8 @@ class Replica:
         """Waits for everybody. Raises OctavoError that names who is missing after `timeout_s`."""
         self.hosts = hosts
         self.peers = [join(hosts, timeout_s, lost)] if hosts.index else gather(hosts, timeout_s, lost)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the server
-        jax.distributed.initialize(
-            f"{hosts.leader}:{hosts.port + 1}", hosts.count, hosts.index,
-            initialization_timeout=round(timeout_s), shutdown_timeout_seconds=10,
-        )  # fmt: skip
+        if not jax.distributed.is_initialized():  # where JAX detected the cluster itself it is
+            _initialize(timeout_s, f"{hosts.leader}:{hosts.port + 1}", hosts.count, hosts.index)
 
     @property
     def leads(self) -> bool:

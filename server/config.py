@@ -34,7 +34,7 @@ class ServerOptions:
     admin_routes: bool = option(False, "answer POST /admin/reshard; for operators, with an api_key")
     multihost: bool = option(False, "one replica of several processes, of which the first serves")
     coordinator: str | None = option(
-        None, "HOST:PORT of the first process; JAX's own is the next port (default: LeaderWorkerSet's, port 8476)"
+        None, "HOST:PORT of the first process; JAX's own is the next port (default: LeaderWorkerSet's or JAX's)"
     )
     num_processes: int | None = option(None, "processes of the replica")
     process_id: int | None = option(None, "of this process; 0 schedules and serves")

@@ -8,7 +8,7 @@ import signal
 from engine.config import EngineOptions
 from engine.errors import InvalidParam, OctavoError
 from engine.hosts import hosts_of
-from engine.replica import Replica
+from engine.replica import Replica, detected_hosts
 from engine.start import follow, load_any_engine
 from server.config import ServerOptions
 from server.lifecycle import ModelHandle, Report
@@ -40,7 +40,8 @@ def _started(options: EngineOptions, report: Report, replica: Replica | None) ->
 def _serve_together(engine_options: EngineOptions, server_options: ServerOptions) -> int:
     """One process of several: the first serves, the others do as it does. Who is left alone ends at once."""
     asked = (server_options.coordinator, server_options.num_processes, server_options.process_id)
-    hosts, timeout_s = hosts_of(*asked), server_options.join_timeout_s
+    timeout_s = server_options.join_timeout_s
+    hosts = hosts_of(*asked) or detected_hosts(timeout_s)
     if hosts.index:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the leader lets running requests finish, and then says so

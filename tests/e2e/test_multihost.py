@@ -46,8 +46,9 @@ class Pair:
 
 
 @contextmanager
-def started(folder: Path, wait: bool = True, **changes: object) -> Iterator[Pair]:
-    """Both processes, ready to serve. changes: of the follower's options."""
+def started(folder: Path, wait: bool = True, slurm: bool = False, **changes: object) -> Iterator[Pair]:
+    """Both processes, ready to serve. slurm: they are told nothing but SLURM's variables. changes: of the follower's
+    options."""
     (folder / "four.yaml").write_text(SHARDING)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -58,6 +59,9 @@ def started(folder: Path, wait: bool = True, **changes: object) -> Iterator[Pair
     processes = []
     for index, (log, options) in enumerate(zip(logs.values(), (shared, shared | changes), strict=True)):
         words = [*command, *flags(**options, process_id=index)]
+        if slurm:
+            asked = {name: value for name, value in options.items() if name not in ("coordinator", "num_processes")}
+            words, environment = [*command, *flags(**asked)], environment | slurm_variables(port, index)
         with log.open("wb") as file:
             processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file))
     pair = Pair(processes[0], processes[1], logs)
@@ -71,6 +75,12 @@ def started(folder: Path, wait: bool = True, **changes: object) -> Iterator[Pair
             process.wait()
 
 
+def slurm_variables(port: int, index: int) -> dict[str, str]:
+    """Of a step of two processes, which JAX's coordinator serves at about that port."""
+    place = {"SLURM_PROCID": str(index), "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+    return place | {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1"}
+
+
 def until(holds: Callable[[], bool], pair: Pair) -> None:
     deadline_s = time.monotonic() + START_S
     while not holds():
@@ -81,8 +91,9 @@ def until(holds: Callable[[], bool], pair: Pair) -> None:
 
 
 @pytest.mark.slow
-def test_tokens_are_transformers_and_a_signal_ends_both(tmp_path: Path) -> None:
-    with started(tmp_path) as pair:
+@pytest.mark.parametrize("slurm", [False, True], ids=["flags", "slurm"])
+def test_tokens_are_transformers_and_a_signal_ends_both(slurm: bool, tmp_path: Path) -> None:
+    with started(tmp_path, slurm=slurm) as pair:
         client = openai.OpenAI(base_url=pair.url + "/v1", api_key="none", max_retries=0)
         for case in expected("llama"):
             answer = client.completions.create(
@@ -113,3 +124,12 @@ def test_processes_that_differ_are_told_apart(tmp_path: Path) -> None:
 def test_flags_of_several_processes_need_multihost() -> None:
     with pytest.raises(InvalidParam, match="process_id: is for multihost"):
         serve(EngineOptions(), ServerOptions(process_id=1))
+
+
+@pytest.mark.slow
+def test_no_cluster_is_said_with_what_was_looked_for() -> None:
+    command = [*COMMAND, "serve", str(TINY), "--multihost", "--join-timeout-s", "5"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    for looked_for in ("LWS_LEADER_ADDRESS", "SLURM", "a TPU slice"):
+        assert looked_for in done.stderr, done.stderr

@@ -177,7 +177,6 @@ def test_large_frames_of_strangers_are_not_read() -> None:
         (("a:70000", 2, 0), "coordinator: must be HOST:PORT"),
         (("a:1", 1, 0), "num_processes: must be at least 2, got 1"),
         (("a:1", 2, 2), "process_id: must be 0 to 1, got 2"),
-        ((None, None, None), "coordinator: is not given, and LWS_LEADER_ADDRESS"),
     ],
 )
 def test_wrong_flags_are_named(asked: tuple, message: str) -> None:
@@ -188,7 +187,11 @@ def test_wrong_flags_are_named(asked: tuple, message: str) -> None:
 
 def test_flags_and_leader_worker_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hosts_of("[::1]:90", 4, 3) == Hosts("::1", 90, 4, 3)
+    assert hosts_of(None, None, None) is None, "JAX is asked then"
     given = {"LWS_LEADER_ADDRESS": "lead.ns", "LWS_GROUP_SIZE": "8", "LWS_WORKER_INDEX": "5"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+        if name != "LWS_WORKER_INDEX":
+            with pytest.raises(InvalidParam, match="coordinator: is not given, and LWS_LEADER_ADDRESS"):
+                hosts_of(None, None, None)
     assert hosts_of(None, None, None) == Hosts("lead.ns", 8476, 8, 5)
