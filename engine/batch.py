@@ -252,7 +252,7 @@ def _configure_vector(layout: Layout, seq: Sequence, vocab_size: int) -> np.ndar
     fields["slot"][...] = seq.slot
     fields["tokens"][: len(seq.token_ids)] = seq.token_ids
     fields["prompt_len"][...] = seq.prompt_len
-    for i, (token, bias) in enumerate(request.params.logit_bias.items()):
+    for i, (token, bias) in enumerate(sorted(request.params.logit_bias.items())):
         fields["bias_ids"][i], fields["bias_values"][i] = token, bias
     allowed = np.ones(-(-vocab_size // 32) * 32, np.uint8)
     if request.params.allowed_token_ids is not None:

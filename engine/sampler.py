@@ -61,10 +61,10 @@ def process(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length
 
 
 def count_output(slots: Slots, slot: Array, token: Array, counted: Array) -> Array:
-    """`output_counts` with each row's token counted where `counted`; saturates."""
-    old = slots.output_counts[slot, token]
-    add = (counted & (old < INT16_MAX)).astype(jnp.int16)
-    return slots.output_counts.at[slot, token].add(add)
+    """`token_counts` with each row's token counted where `counted`; saturates."""
+    old = slots.token_counts[slot, token]
+    add = 2 * (counted & (old < INT16_MAX - 1)).astype(jnp.int16)
+    return slots.token_counts.at[slot, token].add(add)
 
 
 def logprobs_of(logits: Array, token: Array) -> tuple[Array, Array, Array]:
@@ -105,15 +105,17 @@ def _forbid_stops(logits: Array, sampling: Sampling, young: Array) -> Array:
 
 
 def _bias(logits: Array, slots: Slots, slot: Array, sampling: Sampling) -> Array:
-    values = jnp.where(_has(sampling, USES_BIAS), slots.bias_values[slot], 0.0)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[rows, slots.bias_ids[slot]].add(values, mode="drop")
+    values, vocab = jnp.where(_has(sampling, USES_BIAS), slots.bias_values[slot], 0.0), logits.shape[1]
+    rows, column = jnp.arange(logits.shape[0])[:, None], jnp.arange(values.shape[1], dtype=jnp.int32)[None, :]
+    ids = slots.bias_ids[slot]
+    ids = jnp.where(ids < vocab, ids, vocab + column)  # told that no two are equal, a TPU's compiler needs a quarter
+    return logits.at[rows, ids].add(values, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
 def _penalise(logits: Array, slots: Slots, slot: Array, sampling: Sampling) -> Array:
     """Repetition (arXiv 1909.05858), then OpenAI's frequency and presence penalties."""
-    count = slots.output_counts[slot].astype(jnp.float32)
-    seen = (count > 0) | slots.prompt_seen[slot]
+    counts = slots.token_counts[slot].astype(jnp.int32)
+    count, seen = (counts >> 1).astype(jnp.float32), counts > 0
     factor = sampling.repetition_penalty[:, None]
     out = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
     out = out - sampling.frequency_penalty[:, None] * count
@@ -128,7 +130,8 @@ def _draw_random(logits: Array, sampling: Sampling, length: Array) -> Array:
     filters = hot & ((sampling.top_k > 0) | (sampling.top_p < 1.0) | (sampling.min_p > 0.0))
     logits = jax.lax.cond(jnp.any(filters), lambda x: filter_logits(x, sampling), lambda x: x, logits)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(sampling.seed_high, sampling.seed_low, length, logits.shape[1])
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    # A TPU's compiler is slow with a generator inside of a reduction.
+    return jnp.argmax(jax.lax.optimization_barrier(logits + noise), axis=-1).astype(jnp.int32)
 
 
 def _gumbel(seed_high: Array, seed_low: Array, length: Array, vocab_size: int) -> Array:

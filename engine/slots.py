@@ -49,9 +49,8 @@ class Slots:
     active: Array  # bool [slots], False once the device drew the sequence's last token
     block_tables: Array  # int32 [slots, pages_per_seq]
     sampling: Sampling
-    output_counts: Array  # int16 [slots, vocab], times drawn; valid with USES_COUNTS
-    prompt_seen: Array  # bool [slots, vocab]; valid with USES_COUNTS
-    bias_ids: Array  # int32 [slots, MAX_LOGIT_BIAS]; vocab size where unused; valid with USES_BIAS
+    token_counts: Array  # int16 [slots, vocab], twice the times drawn, plus 1 if in the prompt; valid with USES_COUNTS
+    bias_ids: Array  # int32 [slots, MAX_LOGIT_BIAS], ascending; vocab size where unused; valid with USES_BIAS
     bias_values: Array  # float32 [slots, MAX_LOGIT_BIAS]
     allowed_bits: Array  # uint32 [slots, vocab / 32], bit set: may be drawn; valid with USES_MASK
     history: Array | None = None  # int32 [slots, longest sequence], its tokens; None: nothing is proposed from them
@@ -84,8 +83,7 @@ def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int, history_len: in
             flags=ints,
             stop_ids=jnp.zeros((rows, MAX_STOP_IDS), jnp.int32),
         ),
-        output_counts=jnp.zeros((rows, vocab_size), jnp.int16),
-        prompt_seen=jnp.zeros((rows, vocab_size), jnp.bool_),
+        token_counts=jnp.zeros((rows, vocab_size), jnp.int16),
         bias_ids=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.int32),
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
         allowed_bits=jnp.zeros((rows, -(-vocab_size // 32)), jnp.uint32),

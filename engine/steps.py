@@ -194,17 +194,16 @@ def token_logits(
 def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
     """Fill the heavy rows of one slot: token counts, biases, allowed tokens."""
     fields = unpack(layout, vector)
-    slot, vocab = fields["slot"], slots.prompt_seen.shape[1]
+    slot, vocab = fields["slot"], slots.token_counts.shape[1]
     index = jnp.arange(fields["tokens"].shape[0], dtype=jnp.int32)
     prompt = jnp.where(index < fields["prompt_len"], fields["tokens"], vocab)
     output = jnp.where(index >= fields["prompt_len"], fields["tokens"], vocab)
-    seen = jnp.zeros((vocab,), jnp.bool_).at[prompt].set(True, mode="drop")
-    counts = jnp.zeros((vocab,), jnp.int16).at[output].add(jnp.int16(1), mode="drop")
+    seen = jnp.zeros((vocab,), jnp.int16).at[prompt].set(1, mode="drop")
+    counts = seen.at[output].add(jnp.int16(2), mode="drop")
     bits = jax.lax.bitcast_convert_type(fields["allowed_bits"], jnp.uint32)
     return replace(
         slots,
-        prompt_seen=slots.prompt_seen.at[slot].set(seen),
-        output_counts=slots.output_counts.at[slot].set(counts),
+        token_counts=slots.token_counts.at[slot].set(counts),
         bias_ids=slots.bias_ids.at[slot].set(fields["bias_ids"]),
         bias_values=slots.bias_values.at[slot].set(fields["bias_values"]),
         allowed_bits=slots.allowed_bits.at[slot].set(bits),
@@ -311,7 +310,7 @@ def advance(slots: Slots, slot: Array, drawn: Drawn, sampling: Sampling, length:
         last_token=slots.last_token.at[slot].set(token),
         position=slots.position.at[slot].set(position),
         active=slots.active.at[slot].set(active),
-        output_counts=sampler.count_output(slots, slot, drawn.token, drawing),
+        token_counts=sampler.count_output(slots, slot, drawn.token, drawing),
         history=None if slots.history is None else remember(slots.history, slot, drawn.token, length, drawing),
     )
 

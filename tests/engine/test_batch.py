@@ -150,12 +150,12 @@ def test_configure_fills_one_slot_and_no_other(vocab: int) -> None:
     after = jax.jit(lambda s, v: steps.configure(layout, s, v))(
         before, jnp.asarray(build_configure(CONFIG, layout, seq, vocab))
     )
-    for name in ("output_counts", "prompt_seen", "bias_ids", "bias_values", "allowed_bits"):
+    for name in ("token_counts", "bias_ids", "bias_values", "allowed_bits"):
         old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))
         assert np.array_equal(np.delete(old, 3, 0), np.delete(new, 3, 0)), name
-    assert np.flatnonzero(after.prompt_seen[3]).tolist() == sorted(set(seq.request.prompt_token_ids))
-    counts = np.asarray(after.output_counts[3])
-    assert {int(t): int(counts[t]) for t in np.flatnonzero(counts)} == {1: 2, 7: 1}
+    counts = np.asarray(after.token_counts[3])
+    assert np.flatnonzero(counts & 1).tolist() == sorted(set(seq.request.prompt_token_ids))
+    assert {int(t): int(counts[t] >> 1) for t in np.flatnonzero(counts >> 1)} == {1: 2, 7: 1}
     assert np.asarray(after.bias_ids[3]).tolist() == [*bias, *[vocab] * (MAX_LOGIT_BIAS - len(bias))]
     assert np.asarray(after.bias_values[3])[: len(bias)].tolist() == list(bias.values())
     bits = np.unpackbits(np.asarray(after.allowed_bits[3]).view(np.uint8), bitorder="little")

@@ -172,10 +172,10 @@ def test_order_is_bias_then_repetition_then_frequency_and_presence() -> None:
 
 def test_drawing_counts_and_saturates() -> None:
     _, slots, slot, _, _ = device_state([row(FIVE)] * ROWS, 5)
-    slots = replace(slots, output_counts=slots.output_counts.at[slot[1], 2].set(32767))
+    slots = replace(slots, token_counts=slots.token_counts.at[slot[1], 2].set(32767))
     token, counted = jnp.full(ROWS, 2, jnp.int32), jnp.asarray([True, True, False] + [True] * 5)
     counts = np.asarray(jax.jit(sampler.count_output)(slots, slot, token, counted))
-    assert counts[np.asarray(slot)][:3].tolist() == [[0, 0, 1, 0, 0], [0, 0, 32767, 0, 0], [0, 0, 0, 0, 0]]
+    assert counts[np.asarray(slot)][:3].tolist() == [[1, 0, 2, 0, 0], [1, 0, 32767, 0, 0], [1, 0, 0, 0, 0]]
 
 
 # -- what is left to chance -------------------------------------------------------------------
