@@ -14,6 +14,7 @@ class Checkpoints:
     """Every row is free, taken or promised. A taken row is given up, least recently used first, when none is free.
 
     A promised row is written by a step whose tokens are not known yet; it is taken, or free again, when they are.
+    Such rows hold more than half of all only while there are free ones: decoding must not drive out every prompt.
     """
 
     def __init__(self, rows: Sequence[int], on_evict: Callable[[int], None] = lambda row: None) -> None:
@@ -22,6 +23,7 @@ class Checkpoints:
         self._free = list(self.rows)
         self._taken: OrderedDict[int, None] = OrderedDict()
         self._promised: set[int] = set()
+        self._decoded: set[int] = set()  # taken rows that were promised
         self._unwritten: set[int] = set()  # which the step that is being planned writes
 
     def begin_step(self) -> None:
@@ -30,23 +32,29 @@ class Checkpoints:
 
     def take(self) -> int | None:
         """A row to be written by the step being planned, or None if that step writes every row already."""
+        row = self._take_from(self._taken)
+        if row is not None:
+            self._taken[row] = None
+        return row
+
+    def _take_from(self, given_up: Iterable[int]) -> int | None:
+        """A free row, or the first of those that may be given up; it is neither free nor taken any more."""
         row = next((row for row in self._free if row not in self._unwritten), None)
         if row is None:
-            row = next((row for row in self._taken if row not in self._unwritten), None)
+            row = next((row for row in given_up if row not in self._unwritten), None)
             if row is None:
                 return None
             self._on_evict(row)
             self.release(row)
         self._free.remove(row)
-        self._taken[row] = None
         self._unwritten.add(row)
         return row
 
     def promise(self) -> int | None:
         """Like `take`, for a state whose page nobody can name before the step's tokens are read."""
-        row = self.take()
+        many = 2 * (len(self._decoded) + len(self._promised)) >= len(self.rows)
+        row = self._take_from([row for row in self._taken if row in self._decoded] if many else self._taken)
         if row is not None:
-            del self._taken[row]
             self._promised.add(row)
         return row
 
@@ -56,6 +64,7 @@ class Checkpoints:
             return False
         self._promised.remove(row)
         self._taken[row] = None
+        self._decoded.add(row)
         return True
 
     def withdraw(self, row: int) -> None:
@@ -71,6 +80,7 @@ class Checkpoints:
     def release(self, row: int) -> None:
         """Its content is not wanted any more."""
         del self._taken[row]
+        self._decoded.discard(row)
         self._free.append(row)
 
     def use(self, row: int) -> None:

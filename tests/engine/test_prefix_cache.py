@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.checkpoints import Checkpoints
 from engine.prefix_cache import Node, NoPrefixCache, PrefixCache
 
 SIZE = 2
@@ -292,3 +293,23 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestStatesMachine = StatesMachine.TestCase
 TestStatesMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_decoded_states_leave_half_of_the_rows_to_prompts() -> None:
+    """A promised row is nobody's until it is kept; of taken ones, decoding replaces its own when it has its half."""
+    evicted: list[int] = []
+    kept = Checkpoints(range(4), on_evict=evicted.append)
+    prompts = [row for row in (kept.take() for _ in range(4)) if row is not None]
+    kept.begin_step()
+    first, second = kept.promise(), kept.promise()
+    assert evicted == [first, second] == prompts[:2] and first is not None and second is not None
+    kept.check(prompts[2:])
+    assert kept.keep(first) and not kept.keep(first)
+    kept.withdraw(second)
+    kept.begin_step()
+    assert kept.promise() == second
+    kept.begin_step()
+    assert kept.promise() == first and evicted[-1] == first
+    kept.begin_step()
+    assert kept.promise() is None  # both are promised
+    kept.check(prompts[2:])

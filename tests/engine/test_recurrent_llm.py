@@ -27,9 +27,10 @@ def test_tokens_and_logits_are_transformers(name: str, tmp_path: Path) -> None:
         max_num_batched_tokens=32,
         page_size=8,
         decode_steps=2,
+        state_checkpoints=12,
         cache_dir=str(tmp_path),
     ) as llm:
-        assert llm.engine.config.state_checkpoints == 6
+        assert llm.engine.config.state_checkpoints == 12
         first = llm.generate([case.prompt for case in cases], params)
         assert [result.outputs[0].token_ids for result in first] == [case.greedy for case in cases]
         again = llm.generate([case.prompt for case in cases], params)
