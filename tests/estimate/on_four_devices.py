@@ -33,9 +33,9 @@ MODEL = replace(DENSE, layers=(LayerSpec(ROPE),) * DEPTH)
 KEY = StepKey(0, 6)
 slow = pytest.mark.slow
 LAID = [
-    pytest.param(EXPERTS, "ep", id="experts-ep"),
+    pytest.param(EXPERTS, "ep", marks=slow, id="experts-ep"),
     pytest.param(EXPERTS, "tp-ep", marks=slow, id="experts-tp-ep"),
-    pytest.param(EXPERTS, "overrides.yaml", marks=slow, id="experts-overrides"),
+    pytest.param(EXPERTS, "overrides.yaml", id="experts-overrides"),
     pytest.param(LATENT, "tp", marks=slow, id="latent-tp"),
     pytest.param(DENSE, "dp-attention", id="dense-dp-attention"),
     pytest.param(IN_STAGES, "pp", id="experts-pp"),
