@@ -352,7 +352,7 @@ def record(out: StepOutput, step: Array, drawn: Drawn, drawing: Array, load: Arr
         logprobs=out.logprobs.at[:, step].set(drawn.logprob),
         top_ids=out.top_ids.at[:, step].set(drawn.top_ids),
         top_logprobs=out.top_logprobs.at[:, step].set(drawn.top_logprobs),
-        expert_tokens=load if out.expert_tokens is None or load is None else out.expert_tokens + load,
+        expert_tokens=out.expert_tokens if out.expert_tokens is None or load is None else out.expert_tokens + load,
     )
 
 

@@ -185,6 +185,14 @@ def test_logits_and_tokens_are_those_of_one_device(kind: str, strategy: str) -> 
         run_schedule(world, seed, overlap=seed == 1)
 
 
+@slow
+@pytest.mark.parametrize(("kind", "strategy"), [("experts-2", "pp"), ("dense", "context")])
+def test_proposed_tokens_are_verified_as_decoded(kind: str, strategy: str) -> None:
+    """Micro-batches of what is verified, and keys of it on several devices. Experts once lost their load there."""
+    world = world_of(kind, config_of(MODELS[kind], strategy, draft_tokens=3))
+    run_schedule(world, 0, overlap=False)
+
+
 @pytest.mark.parametrize(("kind", "strategy", "expected"), COLLECTIVES)
 def test_collectives_of_a_decode_step(kind: str, strategy: str, expected: dict[str, int]) -> None:
     """Golden counts: a change that adds one fails here."""
