@@ -31,8 +31,9 @@ from engine.request import FinishReason, Request, SamplingParams, TextDelta
 from engine.runner import Runner
 from engine.sequence import stop_token_ids
 from engine.stats import Counters
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention.checks import check_block_tables
-from pallas_kernels.target import CPU
+from pallas_kernels.target import CPU, Target
 from sharding.params import init_array
 from tests.model.quantized_folders import gptq, requantize_fixture
 from tests.model.test_packed_gguf import load_both, write
@@ -93,7 +94,7 @@ CONFIG = EngineConfig(
     max_prefill_rows=4,
     kv_cache_dtype="float32",
     quantization=None,
-    target=CPU,
+    target=Target(native=library().isa),  # as served; `states` and `packed` run on plain JAX
     page_size=4,
     num_pages=200,
     decode_steps=3,
@@ -113,10 +114,10 @@ KINDS = {
     "float": (MODEL, CONFIG),
     "experts": (MIXED, FEWER),
     "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
-    "states": (STATE_SPACE, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
+    "states": (STATE_SPACE, replace(FEWER, target=CPU, prefill_decode_buckets=(6,), state_checkpoints=6)),
     "delta": (DELTA, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
     "ngram": (MODEL, replace(FEWER, draft_tokens=3)),
-    "packed": (MODEL, replace(FEWER, quantization="int8", kv_cache_dtype="int8")),
+    "packed": (MODEL, replace(FEWER, target=CPU, quantization="int8", kv_cache_dtype="int8")),
 }
 STORED = replace(FEWER, prefill_decode_buckets=(6,))
 # And over checkpoints that stay packed as they are stored, each written into a folder.
