@@ -83,8 +83,6 @@ class EngineOptions:
         count = self.state_checkpoints
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             raise InvalidParam("state_checkpoints", f"must be an integer of 0 or more, got {count!r}")
-        if self.draft_tokens is not None and self.speculation == "none":
-            raise InvalidParam("draft_tokens", "needs speculation")
         for name in ("dtype", "kv_cache_dtype", "quantization", "task", "speculation"):
             known = get_args(get_type_hints(EngineOptions)[name])
             if getattr(self, name) not in known:

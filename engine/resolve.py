@@ -129,6 +129,8 @@ def resolve(
 def draft_tokens_of(options: EngineOptions, model: ModelConfig, shards: Shards, default: int) -> int:
     """Tokens to propose at once; 0 without speculation. Raises InvalidParam where it is not there."""
     if options.speculation == "none":
+        if options.draft_tokens is not None:
+            raise InvalidParam("draft_tokens", "needs speculation")
         return 0
     if model.recurrence is not None:
         raise InvalidParam("speculation", "is not there for recurrent layers: a state cannot forget refused tokens")

@@ -47,7 +47,7 @@ def test_a_layout_without_room_says_by_how_much_and_what_would_help(capsys: pyte
         (after,) = layouts(capsys, *LLAMA, *flags)
         assert after["fits"] and after["memory"]["cache_tokens"] == changes[change]["cache_tokens"]
     text = told(capsys, *LLAMA, "--topology", "v6e:2x2", code=1)
-    assert "DOES NOT FIT" in text and "would fit with --quantization int8: 162," in text
+    assert "DOES NOT FIT" in text and "would fit with --quantization int8: 163," in text
 
 
 def test_several_shardings_and_topologies(capsys: pytest.CaptureFixture[str]) -> None:
