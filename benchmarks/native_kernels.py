@@ -10,14 +10,13 @@ benchmarks/results/ and to the last line as JSON.
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from benchmarks.offline import Batch, run_batch, tokenizer_of
 from benchmarks.prompts import make_prompts
 from benchmarks.report import finish, table, versions
-from engine import LLM, SamplingParams
+from engine import LLM
 from engine.config import DEFAULT_MODEL
 from pallas_kernels.native import library
 
@@ -33,23 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Round:
-    """One batch of equal requests, from the first submit to the last token."""
-
-    tokens_per_s: float
-    cpu_ms_per_token: float
-
-
-def measure(llm: LLM, prompts: list[list[int]]) -> Round:
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    llm.generate(prompts, params)
-    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-    count = len(prompts) * OUTPUT_TOKENS
-    return Round(count / wall_s, 1e3 * cpu_s / count)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
@@ -58,16 +40,14 @@ def main() -> None:
     args = parser.parse_args()
     sizes: dict[str, Any] = {"max_num_seqs": max(args.streams), "max_num_batched_tokens": 64, "max_model_len": 512}
     llms = {name: LLM(DEFAULT_MODEL, enable_prefix_caching=False, **sizes, **SETTINGS[name]) for name in args.only}
-    tokenizer = next(iter(llms.values())).engine.tokenizer
-    if tokenizer is None:
-        raise RuntimeError("the default model has no tokenizer")
+    tokenizer = tokenizer_of(next(iter(llms.values())))
     rows = []
     for streams in args.streams:
-        found: dict[str, list[Round]] = {name: [] for name in llms}
+        found: dict[str, list[Batch]] = {name: [] for name in llms}
         for seed in range(args.rounds):
             prompts = [list(p.token_ids) for p in make_prompts(tokenizer, INPUT_TOKENS, streams, seed)]
             for name, llm in llms.items():
-                found[name].append(measure(llm, prompts))
+                found[name].append(run_batch(llm, prompts, OUTPUT_TOKENS))
         for name, rounds in found.items():
             speed, cpu_ms = (
                 median(getattr(r, field) for r in rounds) for field in ("tokens_per_s", "cpu_ms_per_token")

@@ -10,14 +10,14 @@ Results go to benchmarks/results/ and to the last line as JSON.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from benchmarks.offline import Batch, run_batch, tokenizer_of
 from benchmarks.prompts import make_prompts
 from benchmarks.report import finish, table, versions
-from engine import LLM, SamplingParams
+from engine import LLM
 from engine.config import DEFAULT_MODEL
 from pallas_kernels.native import library
 
@@ -26,22 +26,19 @@ PASSAGE_TOKENS, AGAIN_TOKENS, OUTPUT_TOKENS = 160, 24, 96
 
 @dataclass(frozen=True)
 class Round:
-    """One batch of equal requests, from the first submit to the last token."""
+    """A batch, and what was proposed in it."""
 
-    tokens_per_s: float
-    outputs: list[tuple[int, ...]]
+    batch: Batch
     proposed: int
     accepted: int
 
 
 def measure(llm: LLM, prompts: list[list[int]]) -> Round:
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    before, start_s = llm.engine.stats(), time.perf_counter()
-    found = llm.generate(prompts, params)
-    seconds, after = time.perf_counter() - start_s, llm.engine.stats()
+    before = llm.engine.stats()
+    batch = run_batch(llm, prompts, OUTPUT_TOKENS)
+    after = llm.engine.stats()
     return Round(
-        len(prompts) * OUTPUT_TOKENS / seconds,
-        [tuple(one.outputs[0].token_ids) for one in found],
+        batch,
         after.draft_tokens - before.draft_tokens,
         after.accepted_draft_tokens - before.accepted_draft_tokens,
     )
@@ -56,9 +53,7 @@ def main() -> None:
     sizes: dict[str, Any] = {"max_num_seqs": max(args.streams), "max_model_len": 512, "enable_prefix_caching": False}
     plain = LLM(DEFAULT_MODEL, **sizes)
     drafted = LLM(DEFAULT_MODEL, speculation="ngram", draft_tokens=args.draft_tokens, **sizes)
-    tokenizer = plain.engine.tokenizer
-    if tokenizer is None:
-        raise RuntimeError("the default model has no tokenizer")
+    tokenizer = tokenizer_of(plain)
     rows = []
     for kind, again in (("copied", AGAIN_TOKENS), ("free", 0)):
         for streams in args.streams:
@@ -68,14 +63,16 @@ def main() -> None:
                 prompts = [[*passage, *passage[:again]] for passage in passages]
                 rounds.append((measure(plain, prompts), measure(drafted, prompts)))
             counted = rounds[1:]
-            equal = sum(a == b for one, other in counted for a, b in zip(one.outputs, other.outputs, strict=True))
+            equal = sum(
+                a == b for one, other in counted for a, b in zip(one.batch.outputs, other.batch.outputs, strict=True)
+            )
             rows.append(
                 {
                     "prompts": kind,
                     "streams": streams,
-                    "plain_tokens_per_s": median(one.tokens_per_s for one, _ in counted),
-                    "ngram_tokens_per_s": median(other.tokens_per_s for _, other in counted),
-                    "ratio": median(other.tokens_per_s / one.tokens_per_s for one, other in counted),
+                    "plain_tokens_per_s": median(one.batch.tokens_per_s for one, _ in counted),
+                    "ngram_tokens_per_s": median(other.batch.tokens_per_s for _, other in counted),
+                    "ratio": median(other.batch.tokens_per_s / one.batch.tokens_per_s for one, other in counted),
                     "proposed": sum(other.proposed for _, other in counted),
                     "accepted": sum(other.accepted for _, other in counted),
                     "equal_outputs": equal,

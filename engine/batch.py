@@ -90,8 +90,7 @@ def lattice(config: EngineConfig) -> list[StepKey]:
 def step_layout(config: EngineConfig, key: StepKey) -> Layout:
     """Fields of a step's vector. Idle rows name the idle slot; idle prefill rows come last."""
     idle = config.max_num_seqs
-    most_tokens = 1 if key.tokens else key.drafts + 1 if key.drafts else config.decode_steps
-    new_pages = -(-most_tokens // config.page_size)
+    new_pages = 1 if key.tokens else -(-config.most_steps(key.drafts) // config.page_size)
     decode = [
         Field("decode_slot", (key.rows,), "int32", idle),
         Field("decode_count", (key.rows,), "int32"),

@@ -127,6 +127,10 @@ class EngineConfig:
         """Groups of requests; all numbers here are of one of them."""
         return self.shards.num_groups
 
+    def most_steps(self, drafts: int) -> int:
+        """Tokens that a row of a decode step may draw: with proposed ones, all of those and one more."""
+        return drafts + 1 if drafts else self.decode_steps
+
     @property
     def part_size(self) -> int:
         """Tokens of a page on one device."""

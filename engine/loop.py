@@ -142,7 +142,7 @@ class Engine(EngineThread):
         plan, result = launched.step.plan, launched.step.result()
         began_s, self._last_step_s = max(launched.at_s, self._last_step_s), time.monotonic()
         self.counters.chose(result.expert_tokens)
-        if not plan.prefill_rows:
+        if self.config.draft_tokens and not plan.prefill_rows:
             self._measure(plan, result, self._last_step_s - began_s)
         self.outbox.deliver(self.scheduler.commit(plan, result))
 

@@ -17,7 +17,7 @@ from engine.errors import ModelError
 from engine.executables import Program
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.place import local_model, one_stage, replicated, stage_of
+from engine.model.place import local_model, one_stage, served_model, stage_of
 from engine.model.quantization import packed_shape, packing_of
 from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
@@ -34,7 +34,7 @@ Shapes = jax.ShapeDtypeStruct
 def served_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpec]:
     """The parameters as the devices hold them: in the engine's dtype, a KV head as often as it is asked for, of layers
     in stages those of one."""
-    return param_specs(one_stage(replicated(model, config.shards), config.shards), jnp.dtype(config.dtype))
+    return param_specs(served_model(model, config.shards), jnp.dtype(config.dtype))
 
 
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: M
         output = steps.empty_output_shape(model, key.rows + config.max_prefill_rows, 1, key.tokens)
     else:
         step = partial(steps.verify_step if key.drafts else steps.decode_step, compute_of(model, config), layout)
-        most_steps = key.drafts + 1 if key.drafts else config.decode_steps
+        most_steps = config.most_steps(key.drafts)
         function = partial(step, most_steps)
         output = steps.empty_output_shape(model, key.rows, most_steps, 0, verifies=key.drafts > 0)
     state = (param_shapes(model, config), kv_shapes(model, config), *_held(model, config, layout))

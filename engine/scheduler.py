@@ -126,7 +126,7 @@ class Scheduler:
         # Decode rows take their pages first: they are older than whatever is admitted here.
         mixed = self.has_prompts if together is None else together
         drafts = 0 if mixed else self.speculation.drafts(len(self.running))
-        decode_rows = self._plan_decode(1 if mixed else drafts + 1 if drafts else self.config.decode_steps)
+        decode_rows = self._plan_decode(1 if mixed else self.config.most_steps(drafts))
         # Preempting above may have made room, but multi-token rows cannot ride along.
         alone = together is None and not decode_rows
         prefill_rows, admitted = self._plan_prefill() if mixed or alone else ([], [])

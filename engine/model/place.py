@@ -175,10 +175,15 @@ def _difference(one: LayerSpec, other: LayerSpec) -> str:
                      if getattr(one, f.name) != getattr(other, f.name))  # fmt: skip
 
 
+def served_model(model: ModelConfig, shards: Shards) -> ModelConfig:
+    """The model as the devices of a stage hold it together: its layers, a KV head as often as it is asked for."""
+    return one_stage(replicated(model, shards), shards)
+
+
 def local_model(model: ModelConfig, shards: Shards) -> ModelConfig:
     """The model as one device sees it: its stage's layers, its share of the heads and of the MLPs. Experts are counted
     by all."""
-    model = one_stage(replicated(model, shards), shards)
+    model = served_model(model, shards)
     kind = "kv_heads" if model.latent is None else "q_heads"
     heads, mlp = shards.count(kind), shards.count("mlp")
     experts = model.experts and replace(

@@ -14,6 +14,7 @@ vector of a token, and the result is [tokens, q_heads, layout.value_dim].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -91,20 +92,9 @@ def decode_attention(
     kv_lens: int32 [rows], keys visible to the row, the query's own included; 0 marks an idle row,
     which comes back undefined but finite.
     """
-    spec = _spec("decode", q, kv_pages, block_tables, kv_lens, layout, softcap, window, sinks)
-    run = choice(spec, target).implementation.run
-    return run(
-        q,
-        kv_pages,
-        block_tables,
-        kv_lens,
-        layout=layout,
-        target=target,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        sinks=sinks,
-    )
+    how: dict[str, Any] = {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
+    run = _implementation("decode", q, kv_pages, block_tables, kv_lens, 1, **how)
+    return run(q, kv_pages, block_tables, kv_lens, scale=scale, **how)
 
 
 def prefill_attention(
@@ -128,46 +118,20 @@ def prefill_attention(
     rows are ascending and do not overlap; idle rows have q_lens 0 and come last. Keys [0, positions[r] +
     q_lens[r]) must already be in the pages. Tokens of no row come back undefined but finite.
     """
-    spec = _spec("prefill", q, kv_pages, block_tables, q_lens, layout, softcap, window, sinks)
-    run = choice(spec, target).implementation.run
-    return run(
-        q,
-        kv_pages,
-        block_tables,
-        q_starts,
-        q_lens,
-        positions,
-        layout=layout,
-        target=target,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        sinks=sinks,
-    )
+    how: dict[str, Any] = {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
+    run = _implementation("prefill", q, kv_pages, block_tables, q_lens, 1, **how)
+    return run(q, kv_pages, block_tables, q_starts, q_lens, positions, scale=scale, **how)
 
 
 def decode_part(
-    q: Array,
-    kv_pages: Array,
-    block_tables: Array,
-    kv_lens: Array,
-    part: Part,
-    *,
-    target: Target,
-    layout: KVLayout,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: Array | None = None,
-    **how: Any,
+    q: Array, kv_pages: Array, block_tables: Array, kv_lens: Array, part: Part, **how: Any
 ) -> tuple[Array, Array]:
     """`decode_attention` over those keys that are in this device's part of the pages [pages, part of a page, width].
 
     Returns float32 values [rows, q_heads, layout.result_dim] and the log-sum-exp of their scores [rows, q_heads],
-    about -1e30 where no key is here. kv_lens, window and scale as for whole pages; sinks are counted where given.
+    about -1e30 where no key is here. kv_lens, and `how`, as for whole pages; sinks are counted where given.
     """
-    how |= {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
-    spec = _spec("decode", q, kv_pages, block_tables, kv_lens, layout, softcap, window, sinks)
-    run = choice(replace(spec, parts=part.count), target).implementation.run
+    run = _implementation("decode", q, kv_pages, block_tables, kv_lens, part.count, **how)
     return run(q, kv_pages, block_tables, kv_lens, part, **how)
 
 
@@ -179,33 +143,29 @@ def prefill_part(
     q_lens: Array,
     positions: Array,
     part: Part,
-    *,
-    target: Target,
-    layout: KVLayout,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: Array | None = None,
     **how: Any,
 ) -> tuple[Array, Array]:
     """`prefill_attention` over the keys that are in this device's part of the pages; returns as `decode_part`."""
-    how |= {"layout": layout, "target": target, "softcap": softcap, "window": window, "sinks": sinks}
-    spec = _spec("prefill", q, kv_pages, block_tables, q_lens, layout, softcap, window, sinks)
-    run = choice(replace(spec, parts=part.count), target).implementation.run
+    run = _implementation("prefill", q, kv_pages, block_tables, q_lens, part.count, **how)
     return run(q, kv_pages, block_tables, q_starts, q_lens, positions, part, **how)
 
 
-def _spec(
+def _implementation(
     kind: Literal["decode", "prefill"],
     q: Array,
     kv_pages: Array,
     block_tables: Array,
     lens: Array,
+    parts: int,
+    *,
     layout: KVLayout,
-    softcap: float | None,
-    window: int | None,
-    sinks: Array | None,
-) -> AttentionSpec:
-    """The call's spec, once its shapes fit together; ValueError names the numbers that do not."""
+    target: Target,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Array | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """What serves the call, once its shapes fit together; ValueError names the numbers that do not."""
     tokens, q_heads, head_dim = q.shape
     if head_dim != layout.head_dim:
         raise ValueError(f"q has head_dim {head_dim}, the layout {layout.head_dim}")
@@ -220,7 +180,7 @@ def _spec(
         raise ValueError(f"q has {tokens} rows, lengths {lens.shape[0]}")
     if sinks is not None and sinks.shape != (q_heads,):
         raise ValueError(f"sinks {sinks.shape} must be one a query head, ({q_heads},)")
-    return AttentionSpec(
+    spec = AttentionSpec(
         kind=kind,
         tokens=tokens,
         rows=block_tables.shape[0],
@@ -232,4 +192,6 @@ def _spec(
         softcap=softcap,
         window=window,
         sinks=sinks is not None,
+        parts=parts,
     )
+    return choice(spec, target).implementation.run

@@ -40,32 +40,23 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
     return None
 
 
-def decode(
-    q: Array,
-    kv_pages: Array,
-    block_tables: Array,
-    kv_lens: Array,
-    *,
-    layout: KVLayout,
-    target: Target,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: Array | None = None,
-) -> Array:
+def decode(q: Array, kv_pages: Array, block_tables: Array, kv_lens: Array, **how: Any) -> Array:
     """See `api.decode_attention`."""
-    call = jax.ffi.ffi_call(DECODE_ATTENTION, _result(q, layout))
-    return call(q, kv_pages, block_tables, kv_lens, _sinks(sinks), **_how(layout, target, scale, softcap, window))
+    return _call(DECODE_ATTENTION, q, kv_pages, block_tables, kv_lens, **how)
 
 
 def prefill(
+    q: Array, kv_pages: Array, block_tables: Array, q_starts: Array, q_lens: Array, positions: Array, **how: Any
+) -> Array:
+    """See `api.prefill_attention`."""
+    return _call(PREFILL_ATTENTION, q, kv_pages, block_tables, q_starts, q_lens, positions, **how)
+
+
+def _call(
+    name: str,
     q: Array,
     kv_pages: Array,
-    block_tables: Array,
-    q_starts: Array,
-    q_lens: Array,
-    positions: Array,
-    *,
+    *rows: Array,
     layout: KVLayout,
     target: Target,
     scale: float,
@@ -73,14 +64,9 @@ def prefill(
     window: int | None = None,
     sinks: Array | None = None,
 ) -> Array:
-    """See `api.prefill_attention`."""
-    call = jax.ffi.ffi_call(PREFILL_ATTENTION, _result(q, layout))
-    rows = (block_tables, q_starts, q_lens, positions)
-    return call(q, kv_pages, *rows, _sinks(sinks), **_how(layout, target, scale, softcap, window))
-
-
-def _result(q: Array, layout: KVLayout) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*q.shape[:2], layout.result_dim), q.dtype)
+    result = jax.ShapeDtypeStruct((*q.shape[:2], layout.result_dim), q.dtype)
+    attributes = _attributes(layout, target, scale, softcap, window)
+    return jax.ffi.ffi_call(name, result)(q, kv_pages, *rows, _sinks(sinks), **attributes)
 
 
 def _sinks(sinks: Array | None) -> Array:
@@ -88,8 +74,10 @@ def _sinks(sinks: Array | None) -> Array:
     return jnp.zeros((0,), jnp.float32) if sinks is None else sinks.astype(jnp.float32)
 
 
-def _how(layout: KVLayout, target: Target, scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:
-    """The attributes of the call, in the types that it takes; 0 is none."""
+def _attributes(
+    layout: KVLayout, target: Target, scale: float, softcap: float | None, window: int | None
+) -> dict[str, Any]:
+    """Of the call, in the types that it takes; 0 is none."""
     return {
         "isa": target.native,
         "heads": np.int64(layout.kv_heads),
