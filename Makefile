@@ -31,7 +31,7 @@ bench: $(VENV)/.installed-bench ## tokens/s, TTFT and TPOT against other engines
 	$(bin)/python -m benchmarks.serve $(ARGS)
 
 bench-startup: $(VENV)/.installed-bench ## seconds from process start to ready, cold and warm
-	$(bin)/python -m benchmarks.startup $(ARGS)
+	$(bin)/octavo bench startup --result-dir benchmarks/results $(ARGS)
 
 # In an environment of its own: two gigabytes of compilers that serving on a CPU must not load.
 aot: ## compile the step programs for one TPU and one GPU, with neither at hand

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import OctavoError
 
-class LoadError(Exception):
+
+class LoadError(OctavoError):
     """The server answered something else than the stream that was asked for."""
 
 

@@ -73,7 +73,7 @@ def transformers(python: Path, folder: Path, dtype: str) -> Iterator[Callable[[S
     worker = Path(__file__).parent / "transformers_embed_worker.py"
     # -P: the folder of the script is not searched for modules, where transformers would take our kernels.py.
     command = [str(python), "-P", str(worker), str(folder), str(os.cpu_count()), dtype]
-    with engines.process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with engines.process(command, cwd=engines.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         if child.stdin is None or child.stdout is None:
             raise RuntimeError("the worker has no pipes")
         stdin, stdout = child.stdin, child.stdout

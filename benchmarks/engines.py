@@ -6,6 +6,7 @@ Every engine runs alone, in processes of its own, on the same weights, with all 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -24,15 +25,18 @@ from typing import IO, Any, Protocol, cast
 
 from benchmarks.client import LoadError, Round, Sample, run_round
 from benchmarks.prompts import Prompt
+from engine.config import EngineOptions
+from engine.errors import OctavoError
 from engine.text.tokenizer import Tokenizer
 
 START_TIMEOUT_S = 600
+POLL_S = 0.05
 STOP_TIMEOUT_S = 30
 TORCH = "torch==2.13.0"
 ROOT = Path(__file__).parent.parent
 
 
-class Unavailable(Exception):
+class Unavailable(OctavoError):
     """This engine cannot be had here; the message says why."""
 
 
@@ -62,7 +66,7 @@ class HttpEngine:
 def process(command: Sequence[str], **words: Any) -> Iterator[subprocess.Popen[str]]:
     """A child with its stderr in a file. When the block fails, the end of that file is shown."""
     with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(command, cwd=ROOT, stderr=log, text=True, **words)
+        child = subprocess.Popen(command, stderr=log, text=True, **words)
         try:
             yield child
         except BaseException:
@@ -101,18 +105,43 @@ def get_json(url: str) -> tuple[int, Any]:
 
 
 @contextmanager
-def octavo(arguments: Sequence[str]) -> Iterator[HttpEngine]:
-    """`octavo serve` with these arguments, ready."""
+def octavo_process(options: EngineOptions) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`octavo serve` with these options, and the port on which it will listen."""
+    changed = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    }
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", *arguments, "--port", str(port)]
-    with process(command, stdout=subprocess.DEVNULL) as child:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while get_json(f"http://127.0.0.1:{port}/ready")[0] != 200:
-            if child.poll() is not None:
-                raise LoadError(f"octavo serve ended with exit code {child.returncode}")
-            if time.monotonic() > deadline:
-                raise LoadError(f"octavo serve was not ready after {START_TIMEOUT_S} s")
-            time.sleep(0.1)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(changed, file)  # which is YAML too
+        file.flush()
+        command = [sys.executable, "-m", "server.cli", "serve", "--config", file.name, "--port", str(port)]
+        with process(command, stdout=subprocess.DEVNULL) as child:
+            yield child, port
+
+
+def until_ready(child: subprocess.Popen[str], port: int) -> Iterator[tuple[int, str | None]]:
+    """(status, phase) of `/ready` again and again; the last has status 200. Raises LoadError."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        status, body = get_json(f"http://127.0.0.1:{port}/ready")
+        yield status, (body or {}).get("status")
+        if status == 200:
+            return
+        if child.poll() is not None:
+            raise LoadError(f"octavo serve ended with exit code {child.returncode}")
+        if time.monotonic() > deadline:
+            raise LoadError(f"octavo serve was not ready after {START_TIMEOUT_S} s")
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def octavo(options: EngineOptions) -> Iterator[HttpEngine]:
+    """`octavo serve` with these options, ready."""
+    with octavo_process(options) as (child, port):
+        for _ in until_ready(child, port):
+            pass
         yield HttpEngine(port, {}, {})
 
 
@@ -122,7 +151,7 @@ def xllamacpp(model: Path, num_streams: int, tokens_per_stream: int) -> Iterator
     command = [sys.executable, "-m", "benchmarks.xllamacpp_server", str(model)]
     command += ["--threads", str(os.cpu_count()), "--streams", str(num_streams)]
     command += ["--tokens-per-stream", str(tokens_per_stream)]
-    with process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with process(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         hello = read_answer(child)
         port = int(hello["address"].rsplit(":", 1)[1])
         yield HttpEngine(port, {"xllamacpp": hello["version"]}, {"cache_prompt": False})
@@ -163,7 +192,7 @@ class Transformers:
 @contextmanager
 def transformers(python: Path, folder: Path, tokenizer: Tokenizer) -> Iterator[Transformers]:
     command = [str(python), str(ROOT / "benchmarks" / "transformers_worker.py"), str(folder), str(os.cpu_count())]
-    with process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with process(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         yield Transformers(child, read_answer(child)["versions"], tokenizer)
 
 

@@ -58,10 +58,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def finish(name: str, backend: str, result: dict[str, Any]) -> None:
-    """Writes results/<date>-<backend>-<name>.json and prints the same as the last line."""
+def finish(name: str, backend: str, result: dict[str, Any], folder: Path | None = RESULTS) -> None:
+    """Writes <date>-<backend>-<name>.json to the folder, when there is one, and prints the same as the last line."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     whole = {"benchmark": name, "date": today, "backend": backend, "machine": machine()} | result
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{today}-{backend}-{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{today}-{backend}-{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(whole))

@@ -37,6 +37,7 @@ from benchmarks.client import Round
 from benchmarks.perplexity import Scorer
 from benchmarks.prompts import Prompt, make_prompts
 from benchmarks.report import finish, table, versions
+from engine.config import EngineOptions
 from engine.model.params import param_specs
 from engine.model.quantization import packed_shape
 from engine.model.weights import open_checkpoint
@@ -101,8 +102,8 @@ def speeds(model: Path, num_rounds: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[Round]]] = {}
     with ExitStack() as stack:
         every: dict[str, engines.Engine] = {
-            "octavo": stack.enter_context(engines.octavo([str(model)])),
-            "octavo_int8": stack.enter_context(engines.octavo([str(model), "--quantization", "int8"])),
+            "octavo": stack.enter_context(engines.octavo(EngineOptions(model=str(model)))),
+            "octavo_int8": stack.enter_context(engines.octavo(EngineOptions(model=str(model), quantization="int8"))),
             "llama_cpp": stack.enter_context(engines.xllamacpp(model, max(STREAMS), 2 * SPEED_TOKENS)),
         }
         for streams in STREAMS:

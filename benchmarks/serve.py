@@ -37,7 +37,7 @@ from benchmarks import engines, report
 from benchmarks.client import LoadError, Round, figures
 from benchmarks.prompts import Prompt, make_prompts
 from benchmarks.weights import write_bf16_gguf, write_hf_folder
-from engine.config import DEFAULT_MODEL, cache_root
+from engine.config import DEFAULT_MODEL, EngineOptions, cache_root
 from engine.registry import resolve_model
 from engine.text import Tokenizer, load_tokenizer
 
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     rounds: dict[str, dict[int, list[Round]]] = {}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        every: dict[str, Callable[[], Any]] = {"octavo bf16": lambda: engines.octavo(["--dtype", "bfloat16"])}
+        every: dict[str, Callable[[], Any]] = {"octavo bf16": lambda: engines.octavo(EngineOptions(dtype="bfloat16"))}
         every |= peers(args, source, Path(temporary), tokenizer)
         for name, start in every.items():
             try:

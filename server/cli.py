@@ -8,33 +8,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.config import EngineOptions
 from engine.errors import OctavoError
 from engine.request import SamplingParams
+from server.commands import bench
 from server.commands import options as command_options
+from server.commands.command import Command
 from server.config import ServerOptions
 from server.options import Option, UsageError, add_flags, build, nearest, options_of, read_file
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """`run` is "module:function", imported when the command is called; it takes one instance of
-    each class in `options`, in order, and returns the exit code."""
-
-    name: str
-    help: str
-    run: str
-    options: tuple[type, ...] = ()
-    positional: tuple[str, ...] = ()  # fields that may also be given by place
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # where the field's own does not suit
-    more_help: Mapping[str, str] = field(default_factory=dict)  # for classes without help on their fields
 
 
 COMMANDS = (
@@ -97,8 +84,10 @@ COMMANDS = (
         options=(EngineOptions, command_options.PlanOptions),
         positional=("model",),
     ),
+    *bench.COMMANDS,
     Command(name="version", help="print versions", run="server.commands.version:run"),
 )
+GROUPS = {"bench": bench.HELP}  # commands whose names are of two words
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,26 +106,35 @@ def make_parser() -> Parser:
     parser = Parser(prog="octavo", description="Serve language models on TPU, GPU and CPU.", allow_abbrev=False)
     parser.add_argument("--version", action="store_const", const="version", dest="command", help="print versions")
     choices = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        places = "".join(f" [{name.upper()}]" for name in command.positional)
-        usage = f"octavo {command.name}{' [OPTIONS]' if command.options else ''}{places}"
-        sub = choices.add_parser(
-            command.name, usage=usage, help=command.help, description=command.help, allow_abbrev=False
+    groups = {
+        name: choices.add_parser(name, help=text, description=text, allow_abbrev=False).add_subparsers(
+            metavar="COMMAND"
         )
-        taken: set[str] = set()  # a name that two classes share (seed) is one flag and sets both
-        for cls, fields in zip(command.options, command_fields(command), strict=True):
-            group = sub.add_argument_group(
-                f"{cls.__name__.removesuffix('Options').removesuffix('Params').lower()} options"
-            )
-            add_flags(group, [option for option in fields if option.name not in taken], command.defaults)
-            taken |= {option.name for option in fields}
-        for name in command.positional:
-            sub.add_argument(
-                f"by_place_{name}", metavar=name.upper(), nargs="?", default=argparse.SUPPRESS, help=f"same as --{name}"
-            )
-        if command.options:
-            sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these options")
+        for name, text in GROUPS.items()
+    }
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        add_command(groups.get(group, choices), name, command)
     return parser
+
+
+def add_command(choices: argparse._SubParsersAction[Parser], name: str, command: Command) -> None:
+    """The command's parser, with a flag for each of its options."""
+    places = "".join(f" [{name.upper()}]" for name in command.positional)
+    usage = f"octavo {command.name}{' [OPTIONS]' if command.options else ''}{places}"
+    sub = choices.add_parser(name, usage=usage, help=command.help, description=command.help, allow_abbrev=False)
+    sub.set_defaults(command=command.name)
+    taken: set[str] = set()  # a name that two classes share (seed) is one flag and sets both
+    for cls, fields in zip(command.options, command_fields(command), strict=True):
+        group = sub.add_argument_group(f"{cls.__name__.removesuffix('Options').removesuffix('Params').lower()} options")
+        add_flags(group, [option for option in fields if option.name not in taken], command.defaults)
+        taken |= {option.name for option in fields}
+    for name in command.positional:
+        sub.add_argument(
+            f"by_place_{name}", metavar=name.upper(), nargs="?", default=argparse.SUPPRESS, help=f"same as --{name}"
+        )
+    if command.options:
+        sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these options")
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, list[Any]]:
@@ -144,7 +142,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, list[Any]]:
     namespace, unknown = make_parser().parse_known_args(argv)
     command = next((c for c in COMMANDS if c.name == namespace.command), None)
     if command is None:
-        raise UsageError(f"name a command: {', '.join(c.name for c in COMMANDS)} (see octavo --help)")
+        group = f"{namespace.command} " if namespace.command in GROUPS else ""
+        names = [c.name for c in COMMANDS if c.name.startswith(group)]
+        raise UsageError(f"name a command: {', '.join(names)} (see octavo {group}--help)")
     fields = command_fields(command)
     if unknown:
         flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)

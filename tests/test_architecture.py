@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "pallas_kernels": (),
     "sharding": (),
     "configs": (),
+    "benchmarks": ("server", "engine", "pallas_kernels", "sharding", "configs"),
+    **{f"server.commands.bench_{name}": ("server", "engine", "configs", "benchmarks") for name in ("startup",)},
 }
 # Host bookkeeping: tested in milliseconds, on a machine without JAX.
 NO_JAX = {
@@ -63,9 +65,23 @@ def module_name(path: Path) -> str:
 
 
 def runtime_modules() -> Iterator[tuple[str, ast.Module]]:
+    """The packages, and of the benchmarks what `octavo bench` imports."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield module_name(path), ast.parse(path.read_text(), str(path))
+    waiting, seen = sorted((ROOT / "server" / "commands").glob("bench_*.py")), set()
+    while waiting:
+        for name in benchmarks_of(waiting.pop()) - seen:
+            path = ROOT / "benchmarks" / f"{name}.py"
+            yield f"benchmarks.{name}", ast.parse(path.read_text(), str(path))
+            waiting.append(path)
+            seen.add(name)
+
+
+def benchmarks_of(path: Path) -> set[str]:
+    """The modules of the benchmarks that a file imports."""
+    found = [name.split(".") for name, _ in imports(ast.parse(path.read_text(), str(path)))]
+    return {parts[1] for parts in found if parts[0] == "benchmarks"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -148,7 +164,7 @@ def no_environment(module: str, tree: ast.Module) -> list[str]:
 
 def declared_dependencies(module: str, tree: ast.Module) -> list[str]:
     """What the runtime imports is in pyproject's dependencies, so a fresh install works."""
-    declared = core_dependencies() | set(sys.stdlib_module_names) | set(PACKAGES)
+    declared = core_dependencies() | set(sys.stdlib_module_names) | set(PACKAGES) | {"benchmarks"}  # `layers` says who
     return [
         f"{module}:{line} imports {name}, which no core dependency brings"
         for name, line in imports(tree)
@@ -181,6 +197,9 @@ BAD_EXAMPLES: list[tuple[Rule, str, str]] = [
     (layers, "sharding.rules", "import pallas_kernels"),
     (layers, "configs", "from engine import config"),
     (layers, "server.app", "from tests.conftest import ROOT"),
+    (layers, "server.app", "from benchmarks import client"),
+    (layers, "server.commands.bench", "from benchmarks import client"),
+    (layers, "benchmarks.client", "from tests.oracle import forward"),
     (layers, "engine.loop", "from . import request"),
     (host_modules_without_jax, "engine.scheduler", "import jax.numpy as jnp"),
     (host_modules_without_jax, "engine.pages", "def f():\n    from jax import Array"),

@@ -117,6 +117,9 @@ def test_sampling_help_names_real_fields() -> None:
         (["serve", "--config", "/nonexistent.yaml"], "--config /nonexistent.yaml: "),
         (["srve"], "invalid choice: 'srve'"),
         ([], "name a command: serve, generate"),
+        (["bench"], "name a command: bench "),
+        (["bench", "srve"], "invalid choice: 'srve'"),
+        (["bench", "startup", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["generate"], "--prompt: must not be empty"),
         (["generate", "p", "--top-p", "nan"], "--top-p: must be between 0.0 and 1.0, got nan"),
         (["generate", "p", "--logit-bias", "[1]"], "argument --logit-bias: invalid"),
@@ -197,7 +200,7 @@ def test_the_table_leads_to_modules_that_exist() -> None:
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
-            main([command.name, "--help"])
+            main([*command.name.split(), "--help"])
         assert stop.value.code == 0
         assert command.help in " ".join(capsys.readouterr().out.split())
     assert make_parser().prog == "octavo"
