@@ -167,8 +167,6 @@ def layouts(
                 "sharding", f"divides requests into {shards.num_groups} groups, not {runner.config.num_groups}: "
                 "that is for a new start",
             )  # fmt: skip
-        if shards.count("layers") > 1 or runner.config.shards.count("layers") > 1:
-            raise InvalidParam("sharding", "has layers in stages or leaves them: that is for a new start")
         page_size_of(runner.config.page_size, 0, shards)  # raises where it does not divide
         counters.ready = False  # these compilations are announced
         try:

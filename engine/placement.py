@@ -16,9 +16,9 @@ from engine.config import EngineConfig
 from engine.executables import placed
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
-from engine.model.place import stage_of, with_copies, without_copies
+from engine.model.place import replicated, stage_of, with_copies, without_copies
 from engine.model.quantization import pack
-from engine.programs import param_cuts, param_shapes, served_specs, stage_cuts
+from engine.programs import param_cuts, param_shapes, served_specs, stage_cuts, stage_shapes
 from pallas_kernels.quantized import Quantized
 from sharding.mesh import mesh_of, mesh_of_stage
 
@@ -72,6 +72,25 @@ def assembled(model: ModelConfig, config: EngineConfig, params: dict[str, Any]) 
             for name, arrays in stages.items()}  # fmt: skip
 
 
+def taken_apart(model: ModelConfig, config: EngineConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `assembled`: parameters by the names of the model, a layer's on the devices of its stage."""
+    mesh = mesh_of(config.shards)
+    if mesh is None or config.shards.count("layers") == 1:
+        return params
+    shapes, cuts, found = stage_shapes(model, config), stage_cuts(model, config), {}
+    for name in param_specs(model, jnp.dtype(config.dtype)):
+        stage, there = stage_of(name, model, config.shards)
+        on = mesh_of_stage(mesh, config.shards, stage) if there.startswith("layers.") else mesh
+        places = placed(on, shapes[there], cuts[there])
+        found[name] = jax.tree.map(_part_on, shapes[there], places, params[there])
+    return found
+
+
+def _part_on(shape: jax.ShapeDtypeStruct, place: Sharding, array: Array) -> Array:
+    parts = [shard.data for shard in array.addressable_shards if shard.device in place.device_set]
+    return jax.make_array_from_single_device_arrays(shape.shape, place, parts)
+
+
 def _local_parts(array: np.ndarray, sharding: Sharding) -> Array:
     """Of what every process has whole: each puts its own parts; device_put would compare the copies."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -82,27 +101,29 @@ def move(model: ModelConfig, params: list[Array], old: EngineConfig, new: Engine
 
     The configurations differ in their shards alone. When a device fails, what had moved moves back, and it raises.
     """
-    held = jax.tree.unflatten(jax.tree.structure(param_shapes(model, old)), params)
+    held = taken_apart(model, old, jax.tree.unflatten(jax.tree.structure(param_shapes(model, old)), params))
     params.clear()  # the only references are in `held`: what has moved is freed
     there, back = _mover(model, old, new), _mover(model, new, old)
     gone: list[str] = []
+    now = old
     try:
         for name in held:
             held[name] = there(name, held[name])
             gone.append(name)
+        now = new
     except Exception:
         for name in gone:
             held[name] = back(name, held[name])
         raise
     finally:
-        params += jax.tree.leaves(held)
+        params += jax.tree.leaves(assembled(model, now, held))
 
 
 def _mover(model: ModelConfig, old: EngineConfig, new: EngineConfig) -> Put:
-    to_shards, place = _to_shards(model, new), placer(model, new)
-    specs, served = param_specs(model, jnp.dtype(old.dtype)), served_specs(model, old)
+    to_shards, place, dtype = _to_shards(model, new), placer(model, new), jnp.dtype(old.dtype)
+    specs, served = param_specs(model, dtype), param_specs(replicated(model, old.shards), dtype)
+    resized = {name for name, spec in param_specs(replicated(model, new.shards), dtype).items() if spec != served[name]}
     copies = old.shards.num_copies("kv_heads")
-    resized = {name for name, shape in served_specs(model, new).items() if shape != served[name]}
 
     def put(name: str, array: Any) -> Any:
         if name not in resized:

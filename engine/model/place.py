@@ -131,7 +131,9 @@ def with_copies(name: str, spec: ParamSpec, array: np.ndarray | Quantized, copie
 
 def without_copies(name: str, spec: ParamSpec, served: ParamSpec, array: Any, copies: int) -> Any:
     """The inverse of `with_copies`: host arrays as the devices hold `served`, as those of `spec`."""
-    if copies == 1 or name.split(".")[-1] not in _COPIED:
+    if name.split(".")[-1] not in _COPIED:
+        return array
+    if copies == 1:
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *spec.shape[1:]), array)
     at = spec.axes.index("kv_heads")
 

@@ -42,6 +42,7 @@ LAID = [
     pytest.param(EXPERTS, "context", id="experts-context"),
     pytest.param(EXPERTS, "dp-attention", marks=slow, id="experts-dp-attention"),
     pytest.param(EXPERTS, "tp-dp", marks=slow, id="experts-tp-dp"),
+    pytest.param(EXPERTS, "data-context.yaml", marks=slow, id="experts-data-context"),
 ]
 REAL = [pytest.param(MODEL, "tp", id="dense-tp"), *LAID]
 

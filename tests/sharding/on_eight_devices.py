@@ -34,7 +34,7 @@ from engine.placement import assembled, placer
 from engine.plan import Layout
 from engine.programs import page_bytes, serving_programs, step_program
 from engine.request import Request, SamplingParams
-from engine.resolve import DeviceFacts
+from engine.resolve import DeviceFacts, shards_of
 from engine.runner import Runner
 from engine.stats import Counters
 from sharding.mesh import mesh_of
@@ -68,6 +68,7 @@ IN_STAGES = replace(EXPERTS, layers=EXPERTS.layers * 2)
 TWO_STAGES = replace(EXPERTS, layers=(LayerSpec(ROPE, window=24, ffn="experts"),) * 2)  # compiles in half the time
 DENSE_IN_STAGES, LATENT_IN_STAGES = replace(DENSE, layers=DENSE.layers * 2), replace(LATENT, layers=LATENT.layers * 2)
 GROUPED = replace(DENSE, num_kv_heads=2, qkv_bias=True, attention_sinks=True, attention_gate=True)
+GROUPED_IN_STAGES = replace(GROUPED, layers=DENSE.layers * 2)
 slow = pytest.mark.slow
 # Two sums a layer and one for the embedding; the logits are gathered. The dense model norms over all heads, q and k
 # at once, which takes one more.
@@ -94,7 +95,7 @@ COLLECTIVES = [
 ]
 MODELS = {
     "dense": DENSE, "experts": EXPERTS, "latent": LATENT, "grouped": GROUPED, "experts-4": IN_STAGES,
-    "experts-2": TWO_STAGES,
+    "experts-2": TWO_STAGES, "grouped-4": GROUPED_IN_STAGES,
     "dense-4": DENSE_IN_STAGES, "latent-4": LATENT_IN_STAGES,
 }  # fmt: skip
 CASES = [
@@ -107,6 +108,7 @@ CASES = [
     *(pytest.param(kind, "context", marks=slow) for kind in ("dense", "experts", "latent")),
     pytest.param("experts", "tp-ep", marks=slow),
     pytest.param("experts", "overrides.yaml", marks=slow),
+    *(pytest.param(kind, "data-context.yaml", marks=slow) for kind in ("dense", "experts", "latent")),
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),
 ]
 STORE = TemporaryDirectory()  # going back to a layout loads its programs
@@ -224,19 +226,27 @@ HALVES = "mesh: {x: 2}\nrules:\n- kv_heads: x\n- mlp: x\n"
 SPREAD = "mesh: {c: 2, x: 2}\nrules:\n- sequence: c\n- kv_heads: x\n- mlp: [c, x]\n"
 
 
-@pytest.mark.parametrize(("other", "devices"), [(HALVES, 2), pytest.param(SPREAD, 4, marks=slow)])
+STAGES = "mesh: {s: 2, x: 2}\nrules:\n- layers: s\n- kv_heads: x\n- mlp: x\n- vocab: x\n"
+RESHARDED = [
+    pytest.param("grouped", HALVES, 2),
+    pytest.param("grouped", SPREAD, 4, marks=slow),
+    pytest.param("grouped-4", STAGES, 4, marks=slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "other", "devices"), RESHARDED)
 def test_resharding_under_load_loses_nobody(
-    other: str, devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, other: str, devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four devices, others, four again while requests run; then a device fails, and everything is as it was."""
-    config = config_of(GROUPED, "tp-replicated")
-    world, two = world_of("grouped", config), tmp_path / "two.yaml"
+    model, config = MODELS[kind], config_of(MODELS[kind], "tp-replicated")
+    world, two = world_of(kind, config), tmp_path / "two.yaml"
     four = (resources.files("configs") / "sharding" / "tp-replicated.yaml").read_text().replace("fill", "4")
     (tmp_path / "four.yaml").write_text(four)
     two.write_text(other)
     engine, device = world.engine(), DeviceFacts("cpu", 1 << 32, False, count=8)
     before = world.counters.num_preemptions
-    options = EngineOptions(kv_cache_memory_bytes=(config.num_pages - 1) * page_bytes(GROUPED, config))
+    options = EngineOptions(kv_cache_memory_bytes=(config.num_pages - 1) * page_bytes(model, config))
     prepare = layouts(options, world.runner, device, stored)
     clients: list[Client] = []
     names = [str(two), str(tmp_path / "four.yaml")]
@@ -271,6 +281,31 @@ def test_resharding_under_load_loses_nobody(
     for i, client in enumerate(clients):
         check_choice(world, client.request, i, client.tokens[0], client.finished[0])
         assert len(client.tokens[0]) == 50
+
+
+def test_moved_weights_are_those_that_are_loaded(tmp_path: Path) -> None:
+    """Between copies, halves and stages, packed ones with their scales, and all the way back. Others move below."""
+    kind, files = (
+        "grouped-4",
+        {"halves": HALVES, "stages": STAGES, "staged": STAGES.replace("s: 2, x: 2", "x: 2, s: 2")},
+    )
+    model, copies = MODELS[kind], config_of(MODELS[kind], "tp-replicated", quantization="int8")
+    configs = {"copies": copies}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        configs[name] = replace(copies, shards=shards_of(str(tmp_path / name), model, DEVICES))
+
+    def loaded(config: EngineConfig) -> list[jax.Array]:
+        put = placer(model, config)
+        return jax.tree.leaves(assembled(model, config, {n: put(n, a) for n, a in host_params(kind).items()}))
+
+    now, held = copies, loaded(copies)
+    for name in ("stages", "staged", "halves", "stages", "copies"):
+        placement.move(model, held, now, configs[name])
+        now = configs[name]
+        for found, wanted in zip(held, loaded(now), strict=True):
+            assert found.sharding == wanted.sharding
+            np.testing.assert_array_equal(found, wanted)
 
 
 def failing(put: Callable[[str, Any], Any], broken: bool) -> Callable[[str, Any], Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,12 @@ from engine.attend import PrefillRows
 from engine.config import EngineOptions
 from engine.errors import InvalidParam
 from engine.estimate.hlo import collectives_of
-from engine.executables import NoProgramCache
-from engine.load import layouts
 from engine.model.config import LayerSpec
 from engine.model.known import known_config
 from engine.model.place import local_model
 from engine.pipeline import micro_of, split_chunks
 from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes
 from engine.resolve import DeviceFacts, resolve, shards_of
-from engine.stats import Counters
 from tests.engine.world import MODEL, ROPE, STATE_SPACE
 
 FACTS = DeviceFacts("tpu", 32 << 30, True, "v6e", 8)
@@ -76,15 +72,6 @@ def test_what_cannot_be_divided_beside_stages(other: str, tmp_path: object) -> N
     model = replace(MODEL, layers=(LayerSpec(ROPE),) * 2)
     text = f"mesh: {{s: 2, x: 2}}\nrules:\n- layers: s\n- {other}: x\n"
     assert "cuts layers into stages, which is not there with" in refusal(text, model, tmp_path)
-
-
-@pytest.mark.parametrize(("before", "after"), [("tp", "pp"), ("pp", "tp")])
-def test_stages_do_not_change_while_serving(before: str, after: str) -> None:
-    model = known_config("llama-3.1-70b")
-    runner = SimpleNamespace(model=model, config=resolve(EngineOptions(sharding=before), model, "bfloat16", FACTS))
-    runner.counters = Counters()
-    with pytest.raises(InvalidParam, match="has layers in stages or leaves them: that is for a new start"):
-        layouts(EngineOptions(), runner, FACTS, lambda config: NoProgramCache())(after)  # type: ignore[arg-type]
 
 
 def test_every_token_is_in_one_micro_batch_with_its_row_and_position() -> None:
