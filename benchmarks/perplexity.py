@@ -60,7 +60,7 @@ class Scorer:
         config = configure(options, checkpoint, device_facts())
         self.num_pages = config.max_pages_per_seq
         self.config = replace(config, num_pages=1 + self.num_pages)
-        params = load_params(checkpoint, self.config, lambda phase, progress: None)
+        params = load_params(checkpoint, self.config, lambda phase, done, of: None)
         self.runner = Runner(checkpoint.config, self.config, params, {}, Counters())
         self.layout = step_layout(self.config, StepKey(PIECE_TOKENS, 0))
         self.executable = compile_one(logits_program(checkpoint.config, self.config, PIECE_TOKENS), NoProgramCache())

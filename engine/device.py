@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from functools import cache
@@ -54,6 +55,13 @@ def chip_name(kind: str) -> str:
     """The chip of a JAX device_kind; a kind that we have no numbers for is its own name, and kernels decline it."""
     found = CHIP_OF_KIND.get(kind) or CHIP_OF_KIND.get(" ".join(kind.split()[:2]))
     return found or kind
+
+
+def give_back_memory() -> None:
+    """Pages that were freed but not returned, to the operating system: glibc keeps those of every thread's heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _cpu_has_bfloat16() -> bool:

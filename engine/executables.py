@@ -29,7 +29,7 @@ from engine.errors import CapacityError, ModelError
 from engine.stats import Counters
 
 log = logging.getLogger("octavo.engine")
-Report = Callable[[str, float], None]  # phase, progress 0 to 1
+Report = Callable[[str, int, int], None]  # phase, how much of it is done, of how much
 Shapes = jax.ShapeDtypeStruct
 _PACKAGES = ("engine", "pallas_kernels", "sharding")
 
@@ -210,14 +210,37 @@ def count_compiles(counters: Counters) -> None:
     jax.monitoring.register_event_duration_secs_listener(heard)
 
 
-def compile_all(programs: Sequence[Program], cache: ProgramCache, report: Report) -> dict[str, Executable]:
-    """Every program, loaded or compiled, a thread a core; keys are the programs' names."""
-    done: dict[str, Executable] = {}
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for executable in pool.map(lambda program: compile_one(program, cache), programs):
+class Compiling:
+    """Programs on their way, loaded or compiled, a thread a core: whoever began it may do something else meanwhile.
+
+    A context, at whose end nothing is left to do.
+    """
+
+    def __init__(self, programs: Sequence[Program], cache: ProgramCache) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        self._coming = [self._pool.submit(compile_one, program, cache) for program in programs]
+
+    def __enter__(self) -> Compiling:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def result(self, report: Report) -> dict[str, Executable]:
+        """All of them, by their names; raises as compiling did."""
+        done: dict[str, Executable] = {}
+        for future in self._coming:
+            report("compile", len(done), len(self._coming))
+            executable = future.result()
             done[executable.name] = executable
-            report("compile", len(done) / len(programs))
-    return done
+        report("compile", len(done), len(done))
+        return done
+
+
+def compile_all(programs: Sequence[Program], cache: ProgramCache, report: Report) -> dict[str, Executable]:
+    """Every program, loaded or compiled; keys are the programs' names."""
+    with Compiling(programs, cache) as compiling:
+        return compiling.result(report)
 
 
 def compile_one(program: Program, cache: ProgramCache) -> Executable:

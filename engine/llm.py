@@ -83,7 +83,7 @@ class LLM:
     >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
     """
 
-    def __init__(self, model: str | None = None, *, report: Report = lambda phase, progress: None, **options: Any):
+    def __init__(self, model: str | None = None, *, report: Report = lambda phase, done, of: None, **options: Any):
         if model is not None:
             options["model"] = model
         self._engine = load_any_engine(options_from_dict(EngineOptions, options), report).start()

@@ -19,9 +19,10 @@ import numpy as np
 
 from engine.batch import StepKey, lattice
 from engine.config import EngineConfig, EngineOptions, cache_root
-from engine.device import device_facts
+from engine.device import device_facts, give_back_memory
 from engine.errors import CapacityError, InvalidParam
 from engine.executables import (
+    Compiling,
     Executable,
     NoProgramCache,
     ProgramCache,
@@ -55,16 +56,16 @@ TEMPORARY_GUESS_BYTES = 2 << 30  # when memory is ample even with this, nobody n
 def load_engine(
     options: EngineOptions,
     path: Path,
-    report: Report = lambda phase, progress: None,
+    report: Report = lambda phase, done, of: None,
     replica: Replica | None = None,
 ) -> Engine:
     """A warmed-up engine for the model at `path`, its thread not started yet. Raises OctavoError with the cause.
 
-    report(phase, progress 0 to 1) is called from this thread as phases go on. replica: which this process leads.
+    report(phase, done, of) is called from this thread as phases go on. replica: which this process leads.
     """
     tokenizer = None if options.skip_tokenizer_init else tokenizer_of(options, path)
     runner, checkpoint = load_runner(options, path, report, replica)
-    report("warm up", 0.0)
+    report("warm up", 0, 1)
     runner.warm_up()
     ends = (*checkpoint.end_token_ids, *(tokenizer.end_token_ids if tokenizer else ()))
     engine = Engine(
@@ -80,7 +81,7 @@ def load_engine(
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     runner.counters.ready = True
-    report("ready", 1.0)
+    report("ready", 1, 1)
     return engine
 
 
@@ -100,9 +101,11 @@ def load_runner(
     log.info("%s on %s: %s", options.model, device.platform, config.summary())
     for line in kernel_choices(model, config):
         log.info("%s", line)
-    params = load_params(checkpoint, config, report)
     programs = serving_programs(model, config, mesh_of(config.shards))
-    executables = compile_all(programs, cache_for(config), report)
+    with Compiling(programs, cache_for(config)) as compiling:  # beside the weights, which wait for the disk
+        params = load_params(checkpoint, config, report)
+        executables = compiling.result(report)
+    give_back_memory()  # before the pool is made: what reading needed is not in the peak
     _check_fits(model, config, executables, device)
     make = replica.leading if replica is not None and replica.leads else Runner
     return make(model, config, params, executables, counters), checkpoint
@@ -146,7 +149,7 @@ def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) ->
     def put(name: str, array: np.ndarray | Quantized) -> Any:
         nonlocal loaded
         loaded += 1
-        report("load weights", loaded / len(specs))
+        report("load weights", loaded, len(specs))
         return place(name, array)
 
     params = checkpoint.load(specs, put, dict(config.stored))
@@ -172,7 +175,7 @@ def layouts(
         try:
             config = size_pool(options, model, replace(runner.config, shards=shards), device, cache_for)
             programs = serving_programs(model, config, mesh_of(shards))
-            executables = compile_all(programs, cache_for(config), lambda phase, progress: None)
+            executables = compile_all(programs, cache_for(config), lambda phase, done, of: None)
         finally:
             counters.ready = True
         return Layout(config, partial(runner.adopt, config, executables))

@@ -16,13 +16,13 @@ from engine.replica import Replica
 
 
 def load_any_engine(
-    options: EngineOptions, report: Report = lambda phase, progress: None, replica: Replica | None = None
+    options: EngineOptions, report: Report = lambda phase, done, of: None, replica: Replica | None = None
 ) -> Engine | PoolingEngine:
     """A warmed-up engine whose thread is not started yet. Raises OctavoError with the cause.
 
-    report(phase, progress 0 to 1) is called from this thread as phases go on. replica: which this process leads.
+    report(phase, done, of) is called from this thread as phases go on. replica: which this process leads.
     """
-    report("find model", 0.0)
+    report("find model", 0, 1)
     path = model_path(options)
     if not pools(options, path):
         return load_engine(options, path, report, replica)
@@ -33,7 +33,7 @@ def load_any_engine(
 
 def follow(options: EngineOptions, replica: Replica) -> None:
     """A process of a replica that another leads: returns when that one leaves."""
-    runner, _ = load_runner(options, model_path(options), lambda phase, progress: None, replica)
+    runner, _ = load_runner(options, model_path(options), lambda phase, done, of: None, replica)
     replica.follow(runner)
 
 

@@ -215,11 +215,12 @@ class Routes:
         return Response(status_code=200 if self.lifecycle.alive else 503)
 
     async def ready(self) -> Response:
-        """200 when new requests are welcome. Always tells the start-up phase and its progress."""
+        """200 when new requests are welcome. Always tells the start-up phase, its progress and what took how long."""
         state = self.lifecycle
         status = "failed" if self._dead() else state.status
         elapsed_s = state.ready_s if state.ready_s is not None else time.monotonic() - state.started_s
-        answer = {"status": status, "progress": state.progress, "elapsed_s": round(elapsed_s, 3)}
+        answer = {"status": status, "progress": state.progress, "done": state.done, "of": state.of}
+        answer |= {"elapsed_s": round(elapsed_s, 3), "phases_s": state.phases_s}
         return json_answer(answer, 200 if status == "ready" else 503)
 
     def _dead(self) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Sink = Callable[[list[TextDelta]], None]
 PoolingSink = Callable[["list[Pooled]"], None]
-Report = Callable[[str, float], None]
+Report = Callable[[str, int, int], None]  # phase, how much of it is done, of how much
 
 
 class TextCodec(Protocol):
@@ -119,22 +119,33 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.phase = "starting"
-        self.progress = 0.0
+        self.done, self.of = 0, 1  # how much of the phase
+        self.phases_s: dict[str, float] = {}  # how long each phase took
         self.engine: ModelHandle | None = None
         self.failure: BaseException | None = None
         self.draining = False
         self.started_s = time.monotonic()
         self.ready_s: float | None = None  # seconds that start-up took
+        self._phase_from_s = self.started_s
         self._open: set[Failable] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def report(self, phase: str, progress: float) -> None:
-        self.phase, self.progress = phase, min(max(progress, 0.0), 1.0)
+    def report(self, phase: str, done: int, of: int) -> None:
+        now_s = time.monotonic()
+        if phase != self.phase:
+            self.phases_s[self.phase] = round(now_s - self._phase_from_s, 3)
+            self._phase_from_s = now_s
+        self.phase, self.done, self.of = phase, done, of
+
+    @property
+    def progress(self) -> float:
+        """0 to 1, of the phase."""
+        return self.done / max(self.of, 1)
 
     def ready(self, engine: ModelHandle) -> None:
         self.ready_s = time.monotonic() - self.started_s
-        self.report("ready", 1.0)
+        self.report("ready", 1, 1)
         self.engine = engine
 
     def fail(self, error: BaseException) -> None:

@@ -57,7 +57,7 @@ def _serve_together(engine_options: EngineOptions, server_options: ServerOptions
     replicas: list[Replica] = []
 
     def launch(report: Report) -> ModelHandle:
-        report("wait for processes", 0.0)
+        report("wait for processes", 0, 1)
         replicas.append(Replica(hosts, timeout_s, _left_alone))
         return _started(engine_options, report, replicas[0])
 

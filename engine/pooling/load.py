@@ -57,11 +57,11 @@ def pools(options: EngineOptions, path: Path) -> bool:
 
 
 def load_pooling_engine(
-    options: EngineOptions, path: Path, report: Report = lambda phase, progress: None
+    options: EngineOptions, path: Path, report: Report = lambda phase, done, of: None
 ) -> PoolingEngine:
     """A warmed-up engine for the model at `path`, its thread not started yet. Raises OctavoError with the cause.
 
-    report(phase, progress 0 to 1) is called from this thread as phases go on.
+    report(phase, done, of) is called from this thread as phases go on.
     """
     counters = Counters()
     count_compiles(counters)
@@ -77,7 +77,7 @@ def load_pooling_engine(
     _check_fits(model, config, device)
     params = _load_params(checkpoint, model, config, report)
     executables = compile_all(pooling_programs(model, config), _cache(options, model, config), report)
-    report("warm up", 0.0)
+    report("warm up", 0, 1)
     runner = PoolingRunner(model, config, params, executables, counters)
     runner.warm_up()
     engine = PoolingEngine(
@@ -92,7 +92,7 @@ def load_pooling_engine(
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     counters.ready = True
-    report("ready", 1.0)
+    report("ready", 1, 1)
     return engine
 
 
@@ -151,7 +151,7 @@ def _load_params(
     def put(name: str, array: np.ndarray) -> Any:
         nonlocal loaded
         loaded += 1
-        report("load weights", loaded / len(specs))
+        report("load weights", loaded, len(specs))
         return jax.device_put(pack(specs[name], array, config.quantization))
 
     params = checkpoint.load(specs, put)

@@ -20,9 +20,9 @@ class LoadingLine:
         self._is_terminal = sys.stderr.isatty()
         self._phase = ""
 
-    def __call__(self, phase: str, progress: float) -> None:
+    def __call__(self, phase: str, done: int, of: int) -> None:
         if self._is_terminal:
-            print(f"\r\x1b[Koctavo: {phase} {progress:.0%}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[Koctavo: {phase} {done} of {of}", end="", file=sys.stderr, flush=True)
         elif phase != self._phase:
             print(f"octavo: {phase}", file=sys.stderr)
         self._phase = phase

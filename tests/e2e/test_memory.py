@@ -41,7 +41,7 @@ config = resolve(EngineOptions(dtype=dtype), checkpoint.config, checkpoint.dtype
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = status("VmRSS")
 assert status("VmHWM") < before * 1.2, "the peak was not reset"
-params = load_params(checkpoint, config, lambda phase, progress: None)
+params = load_params(checkpoint, config, lambda phase, done, of: None)
 weights = sum(array.nbytes for array in params.values())
 print(weights, status("VmHWM") - before, status("VmRSS") - before)
 """

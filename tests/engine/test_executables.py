@@ -94,11 +94,11 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
 
 
 def test_compile_all_reports_and_names(tmp_path: Path) -> None:
-    seen: list[tuple[str, float]] = []
+    seen: list[tuple[str, int, int]] = []
     found = compile_all(
-        [program("a"), program("b")], cache(tmp_path), lambda phase, progress: seen.append((phase, progress))
+        [program("a"), program("b")], cache(tmp_path), lambda phase, done, of: seen.append((phase, done, of))
     )
-    assert list(found) == ["a", "b"] and seen == [("compile", 0.5), ("compile", 1.0)]
+    assert list(found) == ["a", "b"] and seen == [("compile", done, 2) for done in range(3)]
     assert all(run(executable) == EXPECTED for executable in found.values())
 
 

@@ -24,10 +24,10 @@ PROMPTS = [[(11 * i + 3 * n) % 250 + 3 for i in range(n)] for n in (1, 5, 40, 23
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    seen: list[tuple[str, float]] = []
+    seen: list[tuple[str, int, int]] = []
     with LLM(
         str(models.FOLDER / "llama"),
-        report=lambda phase, progress: seen.append((phase, progress)),
+        report=lambda phase, done, of: seen.append((phase, done, of)),
         dtype="float32",
         skip_tokenizer_init=True,
         max_model_len=128,
@@ -38,9 +38,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         max_queued_requests=6,
         cache_dir=str(tmp_path_factory.mktemp("cache")),
     ) as made:
-        phases = list(dict.fromkeys(phase for phase, _ in seen))
+        phases = list(dict.fromkeys(phase for phase, _, _ in seen))
         assert phases == ["find model", "load weights", "compile", "warm up", "ready"]
-        assert all(0 <= progress <= 1 for _, progress in seen)
+        assert all(0 <= done <= of for _, done, of in seen)
         yield made
 
 

@@ -184,7 +184,7 @@ def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> W
 
 def _world(model: ModelConfig, config: EngineConfig, params: dict[str, Any], wide: dict[str, Any]) -> World:
     counters = Counters()
-    executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, progress: None)
+    executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, done, of: None)
     runner = Runner(model, config, params, executables, counters)
     runner.warm_up()
     return World(model, config, wide, runner, counters)

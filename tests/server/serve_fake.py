@@ -17,7 +17,7 @@ from tests.server.fakes import ByteTokenizer, FakeEngine
 
 def launch(report) -> FakeEngine:
     mode = sys.argv[2]
-    report("loading weights", 0.25)
+    report("loading weights", 1, 4)
     if mode == "slow":
         time.sleep(60)
     if mode == "fail":

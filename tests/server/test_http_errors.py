@@ -153,11 +153,11 @@ async def serve(lifecycle: Lifecycle, **options) -> httpx.AsyncClient:
 
 async def test_before_it_is_ready(engine: FakeEngine):
     lifecycle = Lifecycle()
-    lifecycle.report("compiling", 0.4)
+    lifecycle.report("compiling", 2, 5)
     async with await serve(lifecycle) as client:
         ready = await client.get("/ready")
         assert ready.status_code == 503
-        assert ready.json().items() >= {"status": "compiling", "progress": 0.4}.items()
+        assert ready.json().items() >= {"status": "compiling", "progress": 0.4, "done": 2, "of": 5}.items()
         assert ready.json()["elapsed_s"] >= 0
         assert (await client.get("/ping")).status_code == 200
         assert (await client.get("/health")).status_code == 503
@@ -166,7 +166,9 @@ async def test_before_it_is_ready(engine: FakeEngine):
             answer = await client.post(path, json={"prompt": "x"})
             assert "compiling" in envelope(answer, 503, "not_ready")["message"] and retry_s(answer) >= 1
         lifecycle.ready(engine)
-        assert (await client.get("/ready")).json()["status"] == "ready"
+        ready = (await client.get("/ready")).json()
+        assert ready["status"] == "ready" and list(ready["phases_s"]) == ["starting", "compiling"]
+        assert sum(ready["phases_s"].values()) == pytest.approx(ready["elapsed_s"], abs=0.003)
         assert (await client.get("/health")).status_code == 200
 
 

@@ -156,7 +156,7 @@ def runner_of(kind: str, config: EngineConfig, executables: dict[str, Executable
 @cache
 def world_of(kind: str, config: EngineConfig) -> World:
     model, programs = MODELS[kind], serving_programs(MODELS[kind], config, mesh_of(config.shards))
-    runner = runner_of(kind, config, compile_all(programs, stored(config), lambda phase, progress: None))
+    runner = runner_of(kind, config, compile_all(programs, stored(config), lambda phase, done, of: None))
     runner.warm_up()
     return World(model, config, flat(kind), runner, runner.counters)
 
