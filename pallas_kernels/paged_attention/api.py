@@ -15,7 +15,7 @@ vector of a token, and the result is [tokens, q_heads, layout.value_dim].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jax import Array
@@ -64,13 +64,24 @@ def _keeps_no_sums(spec: AttentionSpec, target: Target) -> str | None:
     return "reads whole pages and returns no log-sum-exp"
 
 
+DECODE_PART: tuple[Implementation[AttentionSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.decode_part),
+    Implementation("gpu", _keeps_no_sums, gpu.decode),
+    Implementation("cpu", _keeps_no_sums, cpu.decode),
+    Implementation("reference", never, reference.decode_part),
+)
+PREFILL_PART: tuple[Implementation[AttentionSpec], ...] = (
+    Implementation("tpu", tpu.declines, tpu.prefill_part),
+    Implementation("gpu", _keeps_no_sums, gpu.prefill),
+    Implementation("cpu", _keeps_no_sums, cpu.prefill),
+    Implementation("reference", never, reference.prefill_part),
+)
+
+
 def choice(spec: AttentionSpec, target: Target) -> Choice[AttentionSpec]:
     """What serves a call of these shapes on this chip, and why not the others."""
-    candidates = DECODE if spec.kind == "decode" else PREFILL
-    if spec.parts > 1:
-        plain = reference.decode_part if spec.kind == "decode" else reference.prefill_part
-        kernels = (replace(kernel, declines=_keeps_no_sums) for kernel in candidates[:-1])
-        candidates = (*kernels, Implementation("reference", never, plain))
+    whole, parts = (DECODE, DECODE_PART) if spec.kind == "decode" else (PREFILL, PREFILL_PART)
+    candidates = whole if spec.parts == 1 else parts
     return choose(f"{spec.kind}_attention", candidates, spec, target)
 
 

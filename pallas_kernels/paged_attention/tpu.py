@@ -13,13 +13,16 @@ differs from the latter is in docs/kernels/paged_attention_tpu.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.choice import not_on
 from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.paged_attention.part import Part
 from pallas_kernels.paged_attention.tpu_kernel import attend
 from pallas_kernels.paged_attention.tpu_shape import (
     FIELDS,
@@ -59,6 +62,8 @@ def declines(spec: AttentionSpec, target: Target) -> str | None:
     tile = 8 * PACKING[layout.dtype]
     if spec.page_size % tile or spec.page_size & (spec.page_size - 1):
         return f"page_size {spec.page_size} is not a power of two of at least {tile} ({layout.dtype} tiles)"
+    if spec.parts & (spec.parts - 1):
+        return f"pages are spread over {spec.parts} devices, which is not a power of two"
     if smem_bytes(spec, target) > SMEM_BYTES - SMEM_FREE:
         return f"{smem_bytes(spec, target)} bytes of SMEM for {spec.rows} rows of {spec.pages_per_seq} pages"
     if scratch_bytes(spec, target) > target.facts.scratch_bytes // 2:
@@ -88,14 +93,29 @@ def padded_bytes(spec: AttentionSpec, target: Target) -> int:
 
 
 def _sizes(spec: AttentionSpec) -> Sizes:
-    return Sizes(spec.kind, spec.tokens, spec.q_heads, spec.page_size, spec.pages_per_seq, spec.dtype, spec.layout)
+    sizes = (spec.tokens, spec.q_heads, spec.page_size, spec.pages_per_seq)
+    return Sizes(spec.kind, *sizes, spec.dtype, spec.layout, spec.parts)
 
 
-def decode(
+def decode(q: Array, kv_pages: Array, block_tables: Array, kv_lens: Array, **how: Any) -> Array:
+    """One query a row. See `api.decode_attention`."""
+    return _decode(q, kv_pages, block_tables, kv_lens, None, **how)[0]
+
+
+def decode_part(
+    q: Array, kv_pages: Array, block_tables: Array, kv_lens: Array, part: Part, **how: Any
+) -> tuple[Array, Array]:
+    """See `api.decode_part`."""
+    values, lse = _decode(q, kv_pages, block_tables, kv_lens, part, **how)
+    return values, lse[..., 0]
+
+
+def _decode(
     q: Array,
     kv_pages: Array,
     block_tables: Array,
     kv_lens: Array,
+    part: Part | None,
     *,
     layout: KVLayout,
     target: Target,
@@ -103,14 +123,16 @@ def decode(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Array | None = None,
-) -> Array:
-    """One query a row. See `api.decode_attention`."""
+) -> list[Array]:
+    """Values, and of a part log-sum-exps, each [rows, q_heads, ...]."""
     rows, q_heads, head_dim = q.shape
-    sizes = Sizes("decode", rows, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout)
+    count, index = (part.count, part.index) if part else (1, jnp.int32(0))
+    sizes = Sizes("decode", rows, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout, count)
     shape = shape_for(sizes, target)
-    index, zero = jnp.arange(rows, dtype=jnp.int32), jnp.zeros_like(kv_lens)
+    row, zero = jnp.arange(rows, dtype=jnp.int32), jnp.zeros_like(kv_lens)
     first = jnp.maximum(kv_lens - window, 0) if window else zero
-    items = _items(index, index, first, kv_lens, kv_lens - 1, zero, jnp.minimum(kv_lens, 1))
+    keys = (shape.keys_before(first, index), shape.keys_before(kv_lens, index))
+    items = _items(row, row, *keys, kv_lens - 1, zero, jnp.minimum(kv_lens, 1))
     heads = jnp.pad(q, ((0, 0), (0, shape.bands * shape.band_heads * shape.group - q_heads), (0, 0)))
     bands = heads.reshape(rows, shape.bands, shape.band_heads * shape.group, head_dim)
     padding = (0, shape.rows - bands.shape[2])
@@ -119,18 +141,45 @@ def decode(
         sinks = jnp.pad(sinks.astype(jnp.float32), (0, heads.shape[1] - q_heads))
         sinks = jnp.pad(sinks.reshape(shape.bands, -1, 1), ((0, 0), padding, (0, 0)))
     maths = Maths(scale, softcap, window, sinks is not None)
-    out = attend(items, block_tables, bands, kv_pages, sinks, shape, maths, target)
-    out = out[:, :, : shape.band_heads * shape.group, _value_lanes(shape)]
-    return out.reshape(rows, -1, layout.result_dim)[:, :q_heads]
+    out = attend(items, block_tables, bands, kv_pages, sinks, index, shape, maths, target)
+
+    def of_heads(x: Array) -> Array:
+        x = x[:, :, : shape.band_heads * shape.group]
+        return x.reshape(rows, -1, x.shape[-1])[:, :q_heads]
+
+    return [of_heads(out[0][..., _value_lanes(shape)]), *map(of_heads, out[1:])]
 
 
 def prefill(
+    q: Array, kv_pages: Array, block_tables: Array, q_starts: Array, q_lens: Array, positions: Array, **how: Any
+) -> Array:
+    """Ragged prompt chunks on one token axis. See `api.prefill_attention`."""
+    return _prefill(q, kv_pages, block_tables, q_starts, q_lens, positions, None, **how)[0]
+
+
+def prefill_part(
     q: Array,
     kv_pages: Array,
     block_tables: Array,
     q_starts: Array,
     q_lens: Array,
     positions: Array,
+    part: Part,
+    **how: Any,
+) -> tuple[Array, Array]:
+    """See `api.prefill_part`."""
+    values, lse = _prefill(q, kv_pages, block_tables, q_starts, q_lens, positions, part, **how)
+    return values, lse[..., 0]
+
+
+def _prefill(
+    q: Array,
+    kv_pages: Array,
+    block_tables: Array,
+    q_starts: Array,
+    q_lens: Array,
+    positions: Array,
+    part: Part | None,
     *,
     layout: KVLayout,
     target: Target,
@@ -138,29 +187,44 @@ def prefill(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Array | None = None,
-) -> Array:
-    """Ragged prompt chunks on one token axis. See `api.prefill_attention`."""
+) -> list[Array]:
+    """Values, and of a part log-sum-exps, each [tokens, q_heads, ...]."""
     tokens, q_heads, head_dim = q.shape
-    sizes = Sizes("prefill", tokens, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout)
+    count, index = (part.count, part.index) if part else (1, jnp.int32(0))
+    sizes = Sizes("prefill", tokens, q_heads, kv_pages.shape[1], block_tables.shape[1], str(q.dtype), layout, count)
     shape = shape_for(sizes, target)
     block, group = shape.block_tokens, shape.group
     blocks = -(-tokens // block)
-    items = prefill_items(q_starts, q_lens, positions, blocks, block, window)
+    here = partial(shape.keys_before, index=index)
+    items = prefill_items(q_starts, q_lens, positions, blocks, block, window, here)
     padded = jnp.pad(q, ((0, blocks * block - tokens), (0, 0), (0, shape.lanes - head_dim)))
     bands = padded.reshape(blocks, block, layout.kv_heads, group, shape.lanes)
     bands = jnp.transpose(bands, (0, 2, 3, 1, 4)).reshape(blocks, layout.kv_heads, shape.rows, shape.lanes)
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32), block).reshape(layout.kv_heads, shape.rows, 1)
     maths = Maths(scale, softcap, window, sinks is not None)
-    out = attend(items, block_tables, bands, kv_pages, sinks, shape, maths, target)
-    out = out[..., _value_lanes(shape)].reshape(blocks, layout.kv_heads, group, block, -1)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(blocks * block, q_heads, -1)[:tokens]
+    out = attend(items, block_tables, bands, kv_pages, sinks, index, shape, maths, target)
+
+    def of_tokens(x: Array) -> Array:
+        x = x.reshape(blocks, layout.kv_heads, group, block, -1)
+        return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(blocks * block, q_heads, -1)[:tokens]
+
+    return [of_tokens(out[0][..., _value_lanes(shape)]), *map(of_tokens, out[1:])]
 
 
 def prefill_items(
-    q_starts: Array, q_lens: Array, positions: Array, blocks: int, block: int, window: int | None
+    q_starts: Array,
+    q_lens: Array,
+    positions: Array,
+    blocks: int,
+    block: int,
+    window: int | None,
+    keys_before: Callable[[Array], Array] = lambda position: position,
 ) -> Array:
-    """Items of `blocks` blocks of `block` tokens: each row that has tokens in a block, or one item without keys."""
+    """Items of `blocks` blocks of `block` tokens: each row that has tokens in a block, or one item without keys.
+
+    keys_before: how many of the positions below one are in these pages.
+    """
     rows = q_starts.shape[0]
     active, ends = (q_lens > 0)[None], (q_starts + q_lens)[None]
     start = block * jnp.arange(blocks, dtype=jnp.int32)[:, None]
@@ -177,7 +241,7 @@ def prefill_items(
     position = positions[row] - offset
     lo = jnp.maximum(position + first - window + 1, 0) if window else jnp.zeros_like(position)
     hi = jnp.where(used, position + last, 0)
-    return _items(of_block, row, lo, hi, position, first, jnp.where(used, last, 0))
+    return _items(of_block, row, keys_before(lo), keys_before(hi), position, first, jnp.where(used, last, 0))
 
 
 def _items(*columns: Array) -> Array:

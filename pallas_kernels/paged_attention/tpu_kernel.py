@@ -41,12 +41,14 @@ INTERPRETER = pltpu.InterpretParams(detect_races=True, vector_clock_size=64)
 
 class Refs(NamedTuple):
     items: Any  # SMEM int32 [items * FIELDS]
+    part: Any  # SMEM int32 [1], which part of every page is here
     table: Any  # SMEM int32 [1, 1, pages_per_seq] of the item's row
     next_table: Any  # the same of the next item that has keys
     q: Any  # VMEM [1, bands, rows, lanes]
     pages: Any  # HBM [pages, page_size, width]
     sinks: Any  # VMEM float32 [bands, rows, 1]
     out: Any  # VMEM [1, bands, rows, value_lanes]
+    lse: Any  # VMEM float32 [1, bands, rows, LANES], log-sum-exp of the scores; None of whole pages
     buffer: Any  # VMEM [2, chunk_pages, page_size, width]
     arrived: Any  # DMA semaphores [2]
     values: Any  # VMEM float32 [bands, rows, value_lanes], weighted
@@ -64,41 +66,47 @@ def attend(
     q: Array,
     kv_pages: Array,
     sinks: Array | None,
+    part: Array,
     shape: Shape,
     maths: Maths,
     target: Target,
-) -> Array:
-    """The result [blocks, bands, rows, value_lanes] of q [blocks, bands, rows, lanes]; see `Refs` for the operands."""
+) -> list[Array]:
+    """The result [blocks, bands, rows, value_lanes] of q [blocks, bands, rows, lanes]; see `Refs` for the operands.
+
+    Of parts of pages it is float32, and behind it are the log-sum-exps [blocks, bands, rows, LANES].
+    """
     num_items = items.shape[0] // FIELDS
     if sinks is None:
         sinks = jnp.zeros((1, 1, 1), jnp.float32)
     state = (shape.bands, shape.rows)
 
-    def table_of(i: Array, items_ref: Any) -> tuple[Any, int, int]:
+    def table_of(i: Array, items_ref: Any, part_ref: Any) -> tuple[Any, int, int]:
         return items_ref[i * FIELDS + ROW], 0, 0
 
-    def next_table_of(i: Array, items_ref: Any) -> tuple[Any, int, int]:
+    def next_table_of(i: Array, items_ref: Any, part_ref: Any) -> tuple[Any, int, int]:
         following = jnp.minimum(items_ref[i * FIELDS + NEXT], num_items - 1)
         return items_ref[following * FIELDS + ROW], 0, 0
 
-    def block_of(i: Array, items_ref: Any) -> tuple[Any, int, int, int]:
+    def block_of(i: Array, items_ref: Any, part_ref: Any) -> tuple[Any, int, int, int]:
         return items_ref[i * FIELDS + BLOCK], 0, 0, 0
 
     table = (1, 1, block_tables.shape[1])
-    result = (*q.shape[:-1], shape.value_lanes)
+    results = [jax.ShapeDtypeStruct((*q.shape[:-1], shape.value_lanes), q.dtype if shape.parts == 1 else jnp.float32)]
+    if shape.parts > 1:
+        results.append(jax.ShapeDtypeStruct((*q.shape[:-1], LANES), jnp.float32))
     call = pl.pallas_call(
         partial(_kernel, shape, maths),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(num_items,),
             in_specs=[
                 pl.BlockSpec(table, table_of, memory_space=pltpu.SMEM),
                 pl.BlockSpec(table, next_table_of, memory_space=pltpu.SMEM),
                 pl.BlockSpec((1, *q.shape[1:]), block_of),
                 pl.BlockSpec(memory_space=pltpu.HBM),
-                pl.BlockSpec(sinks.shape, lambda i, items_ref: (0, 0, 0)),
+                pl.BlockSpec(sinks.shape, lambda i, items_ref, part_ref: (0, 0, 0)),
             ],
-            out_specs=pl.BlockSpec((1, *result[1:]), block_of),
+            out_specs=[pl.BlockSpec((1, *result.shape[1:]), block_of) for result in results],
             scratch_shapes=[
                 pltpu.VMEM((2, shape.chunk_pages, shape.page_size, shape.layout.width), kv_pages.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -108,7 +116,7 @@ def attend(
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(result, q.dtype),
+        out_shape=results,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=_vmem_limit(shape, maths, target)
         ),
@@ -117,12 +125,15 @@ def attend(
     )
     rows, pages_per_seq = block_tables.shape
     tables = block_tables.reshape(rows, 1, pages_per_seq)
-    return call(items, tables, tables, q, kv_pages, sinks)
+    return call(items, part.reshape(1), tables, tables, q, kv_pages, sinks)
 
 
 def _kernel(shape: Shape, maths: Maths, *operands: Any) -> None:
     """One item."""
-    refs = Refs(*operands)
+    given = list(operands)
+    if shape.parts == 1:
+        given.insert(Refs._fields.index("lse"), None)
+    refs = Refs(*given)
     item = pl.program_id(0)
     before, after = jnp.maximum(item - 1, 0), jnp.minimum(item + 1, pl.num_programs(0) - 1)
     block = refs.field(item, BLOCK)
@@ -225,15 +236,15 @@ def _clear_unseen(shape: Shape, refs: Refs, slot: Array, position: Array, lo: Ar
 
 
 def _fold(shape: Shape, maths: Maths, refs: Refs, item: Array, slot: Array, position: Array) -> None:
-    """Fold the chunk in `slot`, whose first key is at `position`, into the block's softmax."""
+    """Fold the chunk in `slot`, whose first key has the number `position`, into the block's softmax."""
     row = lax.broadcasted_iota(jnp.int32, (shape.rows, 1), 0)
     token = row & (shape.block_tokens - 1)
     mine = (token >= refs.field(item, FIRST)) & (token < refs.field(item, LAST))
-    last_seen = jnp.where(mine, refs.field(item, POSITION) + token, -1)
+    after = refs.field(item, POSITION) + token + 1
     key = position + lax.broadcasted_iota(jnp.int32, (shape.rows, shape.chunk), 1)
-    seen = key <= last_seen
+    seen = key < jnp.where(mine, shape.keys_before(after, refs.part[0]), 0)
     if maths.window is not None:
-        seen &= key > last_seen - maths.window
+        seen &= key >= shape.keys_before(after - maths.window, refs.part[0])
     exponents = _exponents(shape, refs, slot) if shape.layout.quantized else None
 
     def first_row(head: int, band: int) -> int:
@@ -345,8 +356,11 @@ def _open(refs: Refs, maths: Maths) -> None:
 def _close(shape: Shape, refs: Refs) -> None:
     for band in range(shape.bands):
         total = refs.total[band][:, :1]
-        result = refs.values[band] / jnp.where(total == 0.0, 1.0, total)
-        refs.out[0, band] = result.astype(refs.out.dtype)
+        divisor = jnp.where(total == 0.0, 1.0, total)
+        refs.out[0, band] = (refs.values[band] / divisor).astype(refs.out.dtype)
+        if refs.lse is not None:
+            lse = jnp.where(total == 0.0, LOWEST, refs.top[band][:, :1] + jnp.log(divisor))
+            refs.lse[0, band] = jnp.broadcast_to(lse, (shape.rows, LANES))
 
 
 def _vmem_limit(shape: Shape, maths: Maths, target: Target) -> int:

@@ -32,6 +32,7 @@ class Shape:
     rows: int  # of a band, padded to whole tiles
     page_size: int  # a power of two
     chunk_pages: int  # a power of two
+    parts: int = 1  # devices that each page is spread over, a power of two; page_size is of one part
 
     @property
     def bands(self) -> int:
@@ -68,6 +69,14 @@ class Shape:
     def pages_below(self, position: Array) -> Array:
         return (position + self.page_size - 1) >> log2(self.page_size)
 
+    def keys_before(self, position: Array, index: Array) -> Array:
+        """As `Part.keys_before`, of the part of that index."""
+        if self.parts == 1:
+            return position
+        position, whole = jnp.maximum(position, 0), self.parts * self.page_size
+        rest = (position & (whole - 1)) - index * self.page_size
+        return (position >> log2(whole)) * self.page_size + jnp.clip(rest, 0, self.page_size)
+
     def heads(self, band: int) -> range:
         return range(band * self.band_heads, min((band + 1) * self.band_heads, self.layout.kv_heads))
 
@@ -75,7 +84,9 @@ class Shape:
         """What a call names: page buffers, blocks of q and result (twice), softmax state, sinks."""
         rows = self.bands * self.rows
         pages = 2 * self.chunk * self.layout.token_bytes
-        blocks = 2 * rows * (self.lanes + self.value_lanes) * jnp.dtype(self.dtype).itemsize
+        queries, values = rows * self.lanes, rows * self.value_lanes
+        item = jnp.dtype(self.dtype).itemsize
+        blocks = 2 * (queries * item + (values * item if self.parts == 1 else 4 * (values + rows * LANES)))
         state = rows * (self.value_lanes + 2 * LANES) * 4
         return pages + blocks + state + (rows * LANES * 4 * 2 if sinks else 0)
 
@@ -101,6 +112,7 @@ class Sizes:
     pages_per_seq: int
     dtype: str
     layout: KVLayout
+    parts: int = 1
 
     @property
     def key(self) -> str:
@@ -123,9 +135,9 @@ def shape_for(sizes: Sizes, target: Target) -> Shape:
     if sizes.kind == "decode":
         heads = min(layout.kv_heads, -(-tile // group))
         rows = up(heads * group, tile)
-        return Shape(layout, sizes.dtype, 1, group, heads, rows, sizes.page_size, chunk_pages)
+        return Shape(layout, sizes.dtype, 1, group, heads, rows, sizes.page_size, chunk_pages, sizes.parts)
     block = tuned.get("block_tokens", block_tokens(sizes))
-    return Shape(layout, sizes.dtype, block, group, 1, group * block, sizes.page_size, chunk_pages)
+    return Shape(layout, sizes.dtype, block, group, 1, group * block, sizes.page_size, chunk_pages, sizes.parts)
 
 
 def chunk_tokens(layout: KVLayout, target: Target) -> int:

@@ -19,8 +19,9 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels.kv_layout import KVLayout, pack_rows
-from pallas_kernels.paged_attention import decode_attention, prefill_attention
+from pallas_kernels.paged_attention import decode_attention, decode_part, prefill_attention, prefill_part
 from pallas_kernels.paged_attention.cases import Case
+from pallas_kernels.paged_attention.part import MASKED, Part
 from pallas_kernels.target import CPU, Target
 
 SPARE_PAGES = 3
@@ -84,6 +85,28 @@ class Call:
         if not owned.any():
             return 0.0
         return float(np.max(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
+
+
+def by_parts(call: Call, count: int, turn: int = 0) -> float:
+    """The error of what devices with a part of every page each come to together; turn: they mistake whose is whose."""
+    size, lens = call.case.page_size // count, np.asarray(call.case.lengths, np.int32)
+    rows = [jnp.asarray(lens)]
+    if call.case.queries is not None:
+        counts = np.asarray(call.case.queries, np.int32)
+        rows = [jnp.asarray(a) for a in (call.starts, counts, lens - counts)]
+    attention = decode_part if call.case.queries is None else prefill_part
+    how = (call.case.layout(call.target.platform), call.target, call.scale, call.case.softcap, call.case.window)
+    run, found = jitted(attention, *how), []
+    for i in range(count):
+        part, sinks = Part(jnp.int32((i + turn) % count), count), None
+        if call.sinks is not None:
+            sinks = jnp.asarray(call.sinks) if i == 0 else jnp.full(call.sinks.shape, MASKED)
+        pages = call.pages[:, i * size : (i + 1) * size]
+        found.append(run(call.q, pages, jnp.asarray(call.tables), *rows, part, sinks=sinks))
+        assert [a.dtype for a in found[-1]] == [jnp.float32, jnp.float32]
+    values, lse = (np.stack(arrays).astype(np.float64) for arrays in zip(*found, strict=True))
+    weight = np.exp(lse - lse.max(axis=0))[..., None]
+    return call.error_of(np.sum(values * weight, axis=0) / np.sum(weight, axis=0))
 
 
 def dense(

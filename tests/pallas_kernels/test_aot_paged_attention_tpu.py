@@ -18,9 +18,10 @@ from jax import Array
 from pallas_kernels.kv_layout import KVDtype, kv_layout
 from pallas_kernels.kv_write import tpu as kv_write
 from pallas_kernels.kv_write import write_kv
-from pallas_kernels.paged_attention import decode_attention, prefill_attention, tpu
+from pallas_kernels.paged_attention import decode_attention, decode_part, prefill_attention, prefill_part, tpu
 from pallas_kernels.paged_attention.api import choice
 from pallas_kernels.paged_attention.cases import CASES, REAL, Case
+from pallas_kernels.paged_attention.part import Part
 from pallas_kernels.target import Target
 from tests.pallas_kernels import aot
 
@@ -37,6 +38,7 @@ OFTEN = {
     "deepseek_v3_decode_32x4k",
     "deepseek_v2_lite_prefill_512_of_4k",
 }
+SPREAD = ("llama8b_decode_64x1k", "llama8b_prefill_1k", "deepseek_v3_decode_32x4k", "llama8b_decode_64x1k_int8")
 WRITES: dict[str, tuple[KVDtype, int, int]] = {  # dtype, tokens, KV heads of 128
     "decode_bfloat16": ("bfloat16", 64, 8),
     "decode_int8": ("int8", 64, 8),
@@ -101,6 +103,28 @@ def test_attention_compiles_and_reads_the_pool_in_place(name: str, chip: str) ->
     assert memory.temp_size_in_bytes < padded
     if case in REAL and case.queries is None:
         assert memory.temp_size_in_bytes < size(shapes[1]) // 8, "no second pool"
+
+
+@pytest.mark.parametrize(("name", "chip"), everywhere(SPREAD, {"llama8b_decode_64x1k"}))
+def test_parts_of_pages_compile(name: str, chip: str) -> None:
+    """Of pages whose tokens are spread over four devices: no second pool, and no whole pages."""
+    case, target = next(case for case in REAL if case.name == name), aot.target(chip)
+    spec = replace(case.spec("tpu"), parts=4)
+    assert choice(spec, target).implementation.name == "tpu"
+    _, (q, pages, tables, *rows, _) = attention(case, target)
+    op: Callable[..., tuple[Array, Array]] = decode_part if case.queries is None else prefill_part
+    how = {"layout": spec.layout, "target": target, "scale": 0.1}
+
+    def here(q: Array, pages: Array, tables: Array, index: Array, *rows: Array) -> tuple[Array, Array]:
+        return op(q, pages, tables, *rows, Part(index, 4), **how)
+
+    shapes = [q, pages, tables, jax.ShapeDtypeStruct((), jnp.int32), *rows]
+    compiled = aot.compile_op(here, shapes, chip)
+    text, memory = aot.hlo(compiled), compiled.memory_analysis()
+    assert text is None or "tpu_custom_call" in text
+    assert memory is not None
+    padded = 8 * tpu.padded_bytes(spec, target) + (2 << 20)  # float32 values, and a tile's lanes for each log-sum-exp
+    assert memory.temp_size_in_bytes < padded
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention.api import choice
 from pallas_kernels.paged_attention.cases import CASES, REAL, Case
 from pallas_kernels.paged_attention.tpu_shape import FIELDS, HI, LO, NEXT, ROW
 from pallas_kernels.target import Target
-from tests.pallas_kernels.attention_calls import TOLERANCE, fill, jitted, shift_pages, swap_keys_with_values
+from tests.pallas_kernels.attention_calls import TOLERANCE, by_parts, fill, jitted, shift_pages, swap_keys_with_values
 
 TPU = Target("tpu", "v6e", interpret=True)
 DECLINED = {"decode_pages_of_1", "prefill_pages_of_1", "decode_int8"}  # pages of 1, and of 16 in int8
@@ -39,6 +39,11 @@ OFTEN = {
     "prefill_sinks",
     "prefill_softcap_mqa_8",
 }
+# Of pages whose tokens are spread over devices.
+SPREAD = Case(name="spread", lengths=(40, 9), queries=(20, 9), window=24, sinks=True, q_heads=2, page_size=32)
+PARTS = ("decode_window", "decode_long", "decode_latent_int8", "decode_sinks_bfloat16", "decode_softcap_bfloat16",
+         "prefill_continues", "prefill_window", "prefill_latent_window", "prefill_bfloat16",
+         "prefill_e4m3")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +69,24 @@ def named(name: str) -> Case:
 def test_equals_dense_attention(case: Case) -> None:
     assert choice(case.spec("tpu"), TPU).implementation.name == "tpu"
     assert fill(case, TPU).error() < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", [SPREAD, *(pytest.param(named(name), marks=pytest.mark.slow) for name in PARTS)],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_parts_of_pages_are_the_whole(case: Case) -> None:
+    """Two or four devices with a part of every page's tokens, NaN in what is no key; it matters whose is whose."""
+    count, page_size = (2, 32) if case is SPREAD else (4, 128)
+    call = fill(replace(case, page_size=page_size), TPU)
+    spec = replace(call.case.spec("tpu"), page_size=page_size // count, parts=count)
+    assert choice(spec, TPU).implementation.name == "tpu"
+    assert by_parts(call, count) < TOLERANCE[case.dtype]
+    if case is SPREAD:
+        assert not by_parts(call, count, turn=1) < 0.01
+
+
+def test_parts_that_are_no_power_of_two_are_declined() -> None:
+    spec = replace(named("decode_gqa_3").spec("tpu"), parts=3)
+    assert "spread over 3 devices, which is not a power of two" in (tpu.declines(spec, TPU) or "")
 
 
 @pytest.mark.parametrize(
