@@ -132,6 +132,11 @@ class EngineConfig:
         return drafts + 1 if drafts else self.decode_steps
 
     @property
+    def chains_steps(self) -> bool:
+        """Whether the steps of a decoding call follow each other through stages without a gap (`engine.chained`)."""
+        return self.shards.count("layers") > 1 and self.decode_steps > 1
+
+    @property
     def part_size(self) -> int:
         """Tokens of a page on one device."""
         return self.page_size // self.shards.count("sequence")

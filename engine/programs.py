@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from engine import steps
+from engine import chained, steps
 from engine.batch import Layout, StepKey, configure_layout, lattice, step_layout
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -186,8 +186,9 @@ def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: M
         function = partial(steps.prefill_step, compute_of(model, config), layout)
         output = steps.empty_output_shape(model, key.rows + config.max_prefill_rows, 1, key.tokens)
     else:
-        step = partial(steps.verify_step if key.drafts else steps.decode_step, compute_of(model, config), layout)
         most_steps = config.most_steps(key.drafts)
+        plain = chained.decode_step if config.chains_steps else steps.decode_step
+        step = partial(steps.verify_step if key.drafts else plain, compute_of(model, config), layout)
         function = partial(step, most_steps)
         output = steps.empty_output_shape(model, key.rows, most_steps, 0, verifies=key.drafts > 0)
     state = (param_shapes(model, config), kv_shapes(model, config), *_held(model, config, layout))

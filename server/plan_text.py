@@ -154,7 +154,7 @@ def _call_lines(calls: Sequence[Json], layers: int, where: str) -> Iterator[str]
         return
     yield f"  collectives {where}:"
     for call in calls:
-        often = f"{call['count']} a step"
+        often = f"{call['count']:g} a step"
         if call["count"] >= layers:
             often += f", {call['count'] / layers:.1f} a layer"
         along = " * ".join(call["axes"]) or "one device"

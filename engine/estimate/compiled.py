@@ -17,6 +17,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from engine.batch import StepKey
+from engine.chained import turns_a_token
 from engine.config import EngineConfig
 from engine.estimate.chips import Topology
 from engine.estimate.hlo import Found, collectives_of
@@ -77,6 +78,13 @@ def compile_steps(
 
 def compile_step(model: ModelConfig, config: EngineConfig, key: StepKey, devices: Sequence[Any], how: How) -> Compiled:
     """One step program for the devices; extrapolated over layers of the same kind unless all are asked for."""
+    found = _all_layers(model, config, key, devices, how)
+    if key.tokens or not config.chains_steps:
+        return found
+    return replace(found, collectives=found.collectives * turns_a_token(config))  # a loop's body is one turn
+
+
+def _all_layers(model: ModelConfig, config: EngineConfig, key: StepKey, devices: Sequence[Any], how: How) -> Compiled:
     layers, stages = one_stage(model, config.shards).layers, config.shards.count("layers")
     kinds = list(dict.fromkeys(layers))
     base = [kind for turn in (1, 2) for kind in kinds if layers.count(kind) >= turn]

@@ -18,8 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from engine.attend import expands
+from engine.chained import turns_a_token
 from engine.config import EngineConfig
-from engine.estimate.links import Collective
+from engine.estimate.links import Collective, Kind
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.layers import Params
 from engine.model.place import local_model, one_stage
@@ -95,8 +96,8 @@ class Count:
             self.collectives + other.collectives,
         )
 
-    def __mul__(self, times: int) -> Count:
-        """So many of them, one after the other."""
+    def __mul__(self, times: float) -> Count:
+        """So many of them, one after the other; chained steps take parts of a turn."""
         return Count(
             tuple((dtype, number * times) for dtype, number in self.flops),
             self.weight_bytes * times,
@@ -160,33 +161,48 @@ class _Counter:
     def count(self, times: Sequence[int]) -> Count:
         """times: how often a stage, or the model, has each of the layers."""
         head = "embed" if self.model.tie_embeddings else "lm_head"
-        total = self._at("embed")._embedding() + self._at(head)._logits(self.params[head])
+        once, turns = self._in_turns()
+        ends, often = (once, turns) if self._is_chained else (self, 1)
+        total = (ends._at("embed")._embedding() + ends._at(head)._logits(self.params[head])) * often
         layers: dict[str, Params] = {}
         for name, weight in self.params.items():
             if name.startswith("layers."):
                 _, layer, short = name.split(".", 2)
                 layers.setdefault(layer, {})[short] = weight
-        once, turns = self._in_turns()
         for i, (spec, often) in enumerate(zip(self.model.layers, times, strict=True)):
             total += sum(once._at(f"layers.{i}")._layer(spec, layers[str(i)]), Count()) * (often * turns)
         return total + Count(collectives=self._handed_on(once.step.tokens, turns))
 
-    def _in_turns(self) -> tuple[_Counter, int]:
-        """For one turn of a stage, and how many there are, one behind the other: see `engine.pipeline`."""
+    @property
+    def _decodes(self) -> bool:
+        return self.step.spans[0].tokens == 1
+
+    @property
+    def _is_chained(self) -> bool:
+        return self.config.chains_steps and self._decodes
+
+    def _in_turns(self) -> tuple[_Counter, float]:
+        """For one turn of a stage, and how many there are, one behind the other: see `engine.pipeline`, and of decode
+        steps that follow each other `engine.chained`."""
         stages, tokens = self.shards.count("layers"), self.step.tokens
         if stages == 1:
             return self, 1
-        decodes = self.step.spans[0].tokens == 1
-        micro = micro_of(stages, tokens, 0) if decodes else micro_of(stages, 0, tokens)
-        once = copy.copy(self)
+        micro = micro_of(stages, tokens, 0) if self._decodes else micro_of(stages, 0, tokens)
+        once, turns = copy.copy(self), float(micro.turns(stages))
         once.step, once.num_micro = replace(self.step, tokens=micro.rows + micro.tokens), micro.count
-        return once, micro.turns(stages)
+        if self._is_chained:
+            turns = turns_a_token(self.config)
+            once.step, once.num_micro = replace(once.step, drawn=micro.rows), stages
+        return once, turns
 
-    def _handed_on(self, tokens: int, turns: int) -> tuple[Collective, ...]:
-        """From stage to stage but in the last turn, and from the last one to all."""
+    def _handed_on(self, tokens: int, turns: float) -> tuple[Collective, ...]:
+        """From stage to stage, and from the last one to all: at once behind the last turn, or chained in each."""
         axes, size = self.shards.axes("layers"), float(self.model.hidden_size * self.item)
         if not axes:
             return ()
+        if self._is_chained:
+            kinds: tuple[Kind, ...] = ("collective-permute", "all-reduce")
+            return tuple(Collective(kind, axes, size * tokens, turns) for kind in kinds)
         onward = Collective("collective-permute", axes, size * tokens, turns - 1)
         return onward, Collective("all-reduce", axes, size * self.step.tokens)
 

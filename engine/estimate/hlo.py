@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from engine.estimate.links import Collective, Kind, merged
@@ -31,6 +31,11 @@ class Found:
 
     always: tuple[Collective, ...]
     branches: tuple[Collective, ...]
+
+    def __mul__(self, times: float) -> Found:
+        """Of so many turns."""
+        return Found(*(tuple(replace(call, count=call.count * times) for call in calls)
+                       for calls in (self.always, self.branches)))  # fmt: skip
 
 
 def collectives_of(text: str, mesh: Sequence[tuple[str, int]]) -> Found:

@@ -26,7 +26,7 @@ class Collective:
     kind: Kind
     axes: tuple[str, ...]
     bytes: float
-    count: int = 1
+    count: float = 1
 
     def moved(self, devices: int) -> float:
         """Bytes that each of so many devices receives, in all calls."""
@@ -37,7 +37,7 @@ class Collective:
 
 def merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
     """Equal calls as one with their number, in order of appearance; none where the numbers cancel."""
-    found: dict[Collective, int] = {}
+    found: dict[Collective, float] = {}
     for call in collectives:
         one = replace(call, count=1)
         found[one] = found.get(one, 0) + call.count

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from engine.batch import StepKey, step_layout
+from engine.chained import turns_a_token
 from engine.config import EngineConfig, EngineOptions
 from engine.estimate.chips import topology_of
 from engine.estimate.compiled import Compiled, How, compile_step, devices_of
@@ -100,10 +101,21 @@ def test_counted_collectives_are_the_compilers(whole: Compiled) -> None:
     assert {call.axes for call in whole.collectives.always} == {("tensor",)}
 
 
-@pytest.mark.parametrize(("model", "strategy"), LAID)
-def test_counted_collectives_are_those_of_the_lowered_program(model: ModelConfig, strategy: str) -> None:
-    config = config_of(model, strategy)
+def lowered(model: ModelConfig, config: EngineConfig) -> dict[str, float]:
     program = step_program(model, config, KEY, mesh_of(config.shards))
     module: Any = program.lower().compiler_ir("hlo")
     found = collectives_of(module.as_hlo_text(), [(axis.name, axis.size) for axis in config.shards.mesh])
-    assert counted(model, config) == calls(found.always)
+    return calls((found * turns_a_token(config) if config.chains_steps else found).always)
+
+
+@pytest.mark.parametrize(("model", "strategy"), LAID)
+def test_counted_collectives_are_those_of_the_lowered_program(model: ModelConfig, strategy: str) -> None:
+    config = config_of(model, strategy)
+    assert counted(model, config) == pytest.approx(lowered(model, config))
+
+
+@slow
+def test_counted_collectives_of_stages_that_wait_for_each_step() -> None:
+    config = config_of(IN_STAGES, "pp", decode_steps=1)
+    assert not config.chains_steps
+    assert counted(IN_STAGES, config) == lowered(IN_STAGES, config)
