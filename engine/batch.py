@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.pages import TRASH_PAGE
-from engine.plan import DecodeRow, PrefillRow, StepPlan
+from engine.plan import DecodeRows, PrefillRow, StepPlan
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from engine.sequence import Sequence
 
@@ -153,8 +153,7 @@ def build(config: EngineConfig, key: StepKey, layout: Layout, plan: StepPlan) ->
 
 def _build_part(layout: Layout, plan: StepPlan) -> np.ndarray:
     vector, fields = layout.pack()
-    for i, row in enumerate(plan.decode_rows):
-        _fill_decode(fields, i, row)
+    _fill_decode(fields, plan.decode_rows)
     start = 0
     for i, row in enumerate(plan.prefill_rows):
         _fill_prefill(fields, i, row, start)
@@ -162,15 +161,15 @@ def _build_part(layout: Layout, plan: StepPlan) -> np.ndarray:
     return vector
 
 
-def _fill_decode(fields: Mapping[str, np.ndarray], i: int, row: DecodeRow) -> None:
-    fields["decode_slot"][i] = row.seq.slot
-    fields["decode_count"][i] = row.count
-    if row.new_pages:
-        fields["first_new_page"][i] = row.first_new_page
-        fields["new_pages"][i, : len(row.new_pages)] = row.new_pages
-    if row.state is not None:
-        fields["decode_checkpoint"][i] = row.state.copy_to
-        fields["decode_checkpoint_at"][i] = row.start + row.state.copy_at - 1  # position of the last token in it
+def _fill_decode(fields: Mapping[str, np.ndarray], rows: DecodeRows) -> None:
+    fields["decode_slot"][: len(rows)] = [seq.slot for seq in rows.seqs]
+    fields["decode_count"][: len(rows)] = rows.counts
+    for i, (first_new_page, new_pages) in rows.pages.items():
+        fields["first_new_page"][i] = first_new_page
+        fields["new_pages"][i, : len(new_pages)] = new_pages
+    for i, state in rows.states.items():
+        fields["decode_checkpoint"][i] = state.copy_to
+        fields["decode_checkpoint_at"][i] = rows.starts[i] + state.copy_at - 1  # position of the last token in it
 
 
 def _fill_prefill(fields: Mapping[str, np.ndarray], i: int, row: PrefillRow, start: int) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
+
 from engine.config import EngineConfig
-from engine.plan import StepPlan, StepResult
+from engine.plan import DecodeRows, StepPlan, StepResult
 from engine.prefix_cache import PrefixCache
 from engine.request import Request, TokenEvent
 from engine.scheduler import Scheduler
@@ -31,6 +33,10 @@ class GroupedScheduler:
     @property
     def running(self) -> list[Sequence]:
         return [seq for group in self.groups for seq in group.running]
+
+    @property
+    def prompts(self) -> list[Sequence]:
+        return [seq for group in self.groups for seq in group.prompts]
 
     @property
     def num_held_pages(self) -> int:
@@ -69,21 +75,26 @@ class GroupedScheduler:
         plans = [plan for group in self.groups if (plan := group.plan(mixed)) is not None]
         if not plans:
             return None
-        parts = ((plan.prefill_rows, plan.decode_rows, plan.admitted) for plan in plans)
-        prefill, decode, admitted = (tuple(itertools.chain.from_iterable(rows)) for rows in zip(*parts, strict=True))
-        return StepPlan(prefill, decode, admitted)
+        prefill = tuple(row for plan in plans for row in plan.prefill_rows)
+        admitted = tuple(seq for plan in plans for seq in plan.admitted)
+        decode = DecodeRows.of(row for plan in plans for row in plan.decode_rows)
+        wants_logprobs = any(plan.wants_logprobs for plan in plans)
+        return StepPlan(prefill, decode, admitted, wants_logprobs=wants_logprobs)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events = []
         for index, group in enumerate(self.groups):
+            part = plan.of_group(index)
+            if not part.prefill_rows and not part.decode_rows:
+                continue  # it planned no step
             prefill = [i for i, row in enumerate(plan.prefill_rows) if row.seq.group == index]
-            decode = [i for i, row in enumerate(plan.decode_rows) if row.seq.group == index]
+            decode = [i for i, seq in enumerate(plan.decode_rows.seqs) if seq.group == index]
             of_group = StepResult(
                 tuple(result.prefill[i] for i in prefill),
-                tuple(result.decode[i] for i in decode),
+                result.decode.take(np.asarray(decode, np.intp)),
                 tuple(result.prompt_logprobs[i] for i in prefill),
             )
-            events += group.commit(plan.of_group(index), of_group)
+            events += group.commit(part, of_group)
         return events
 
     def fail_all(self, message: str) -> list[TokenEvent]:

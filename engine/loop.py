@@ -6,7 +6,6 @@ oracle. Knows nothing about HTTP. Sinks are called from this thread and must not
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -104,55 +103,72 @@ class Engine(EngineThread):
             self.config = config
 
     def stats(self) -> EngineStats:
-        scheduler, counters = self.scheduler, self.counters
+        scheduler = self.scheduler
         running = len(scheduler.running)
         idle = running == 0 and not scheduler.waiting
-        fields = {f.name: getattr(counters, f.name) for f in dataclasses.fields(Counters) if f.name != "ready"}
-        fields["steps"] = dict(counters.steps)
         return EngineStats(
             num_running=running,
             num_waiting=len(scheduler.waiting) + self._num_submitted,
             kv_usage=scheduler.num_held_pages / (self.config.num_groups * (self.config.num_pages - 1)),
             last_step_age_s=0.0 if idle else time.monotonic() - self._last_step_s,
-            **fields,
+            **self.counters.snapshot(),
         )
 
     # -- the loop -----------------------------------------------------------------------------
 
     def run_once(self) -> bool:
-        plan = self.scheduler.plan()
+        plan = self._plan()
         if plan is None:
             return False
         self._commit(self._launch(plan))
         return True
 
     def run_once_overlapped(self) -> bool:
-        plan = self.scheduler.plan()
+        plan = self._plan()
         launched = self._launch(plan) if plan is not None else None
         previous, self._pending = self._pending, launched
         if previous is not None:
             self._commit(previous)
         return launched is not None or previous is not None
 
+    def _plan(self) -> StepPlan | None:
+        self.counters.phases.begin()
+        plan = self.scheduler.plan()
+        self.counters.phases.lap("plan")
+        return plan
+
     def _launch(self, plan: StepPlan) -> Launched:
         launched_s = time.monotonic()
         return Launched(self.runner.launch(plan), launched_s)
 
     def _commit(self, launched: Launched) -> None:
-        plan, result = launched.step.plan, launched.step.result()
-        began_s, self._last_step_s = max(launched.at_s, self._last_step_s), time.monotonic()
+        phases, plan = self.counters.phases, launched.step.plan
+        result = launched.step.result()
+        phases.lap("wait")
+        self._clock(launched, result)
         self.counters.chose(result.expert_tokens)
+        events = self.scheduler.commit(plan, result)
+        phases.lap("commit")
+        told = self.outbox.translate(events)
+        phases.lap("detokenize")
+        self.outbox.send(told)
+        phases.lap("emit")
+
+    def _clock(self, launched: Launched, result: StepResult) -> None:
+        """How long the step took, from when the device could start it."""
+        began_s, self._last_step_s = max(launched.at_s, self._last_step_s), time.monotonic()
+        seconds, name, plan = self._last_step_s - began_s, launched.step.name, launched.step.plan
+        self.counters.step_s[name] = self.counters.step_s.get(name, 0.0) + seconds
         if self.config.draft_tokens and not plan.prefill_rows:
-            self._measure(plan, result, self._last_step_s - began_s)
-        self.outbox.deliver(self.scheduler.commit(plan, result))
+            self._measure(plan, result, seconds)
 
     def _measure(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """What a decode step brought, with or without proposed tokens."""
-        drawn = sum(len(row.token_ids) for row in result.decode)
+        drawn = int(result.decode.num_drawn.sum())
         self.scheduler.speculation.observe(len(plan.decode_rows), plan.drafts, drawn, seconds)
         if plan.drafts:
             self.counters.draft_tokens += result.num_proposed
-            self.counters.accepted_draft_tokens += drawn - sum(len(row.token_ids) > 0 for row in result.decode)
+            self.counters.accepted_draft_tokens += drawn - int((result.decode.num_drawn > 0).sum())
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, None

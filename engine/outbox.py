@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.request import FinishReason, Request, TextDelta, TokenEvent
 from engine.text import TextStream, Tokenizer
@@ -24,6 +24,7 @@ class Live:
     request: Request
     sink: Sink
     streams: dict[int, TextStream]
+    news: list[TextDelta] = field(default_factory=list)  # of this step, not sent yet
 
 
 class Outbox:
@@ -50,45 +51,51 @@ class Outbox:
 
     def deliver(self, events: Iterable[TokenEvent]) -> None:
         """One sink call a request; a stop string ends its choice here."""
-        by_request: dict[str, list[TextDelta]] = {}
+        self.send(self.translate(events))
+
+    def translate(self, events: Iterable[TokenEvent]) -> list[Live]:
+        """Those that have news. A stop string or a bug in detokenizing ends the choice alone."""
+        told = []
         for event in events:
             live = self._live.get(event.request_id)
-            if live is not None and event.index in live.streams:
-                by_request.setdefault(event.request_id, []).append(self._delta(live, event))
-        for request_id, deltas in by_request.items():
-            self._send(self._live[request_id], deltas)
+            stream = None if live is None else live.streams.get(event.index)
+            if live is None or stream is None:
+                continue
+            try:
+                delta = stream.push(event)
+            except Exception:
+                log.exception("text of request %s failed", event.request_id)
+                delta = error_delta(event.request_id, event.index)
+            if delta.finish_reason is not None:
+                del live.streams[event.index]
+                if event.finish_reason is None:
+                    self._end(event.request_id, event.index)
+            if not live.news:
+                told.append(live)
+            live.news.append(delta)
+        return told
+
+    def send(self, told: Iterable[Live]) -> None:
+        """Their news to their sinks; who has heard the last of it is forgotten."""
+        for live in told:
+            deltas, live.news = live.news, []
+            try:
+                live.sink(deltas)
+            except Exception:  # a client's sink must not reach the neighbours: nobody listens, so end it
+                log.exception("the sink of request %s failed", live.request.request_id)
+                for index in live.streams:
+                    self._end(live.request.request_id, index)
+                live.streams.clear()
+            if not live.streams:
+                del self._live[live.request.request_id]
 
     def fail_all(self, message: str) -> None:
         """Every choice still open ends with an error."""
-        for live in list(self._live.values()):
-            deltas = [error_delta(live.request.request_id, i, message) for i in live.streams]
+        lives = list(self._live.values())
+        for live in lives:
+            live.news = [error_delta(live.request.request_id, i, message) for i in live.streams]
             live.streams.clear()
-            self._send(live, deltas)
-
-    def _send(self, live: Live, deltas: list[TextDelta]) -> None:
-        request_id = live.request.request_id
-        try:
-            live.sink(deltas)
-        except Exception:  # a client's sink must not reach the neighbours: nobody listens, so end it
-            log.exception("the sink of request %s failed", request_id)
-            for index in live.streams:
-                self._end(request_id, index)
-            live.streams.clear()
-        if not live.streams:
-            del self._live[request_id]
-
-    def _delta(self, live: Live, event: TokenEvent) -> TextDelta:
-        stream = live.streams[event.index]
-        try:
-            delta = stream.push(event)
-        except Exception:  # a bug in detokenizing ends this choice alone
-            log.exception("text of request %s failed", event.request_id)
-            delta = error_delta(event.request_id, event.index)
-        if delta.finish_reason is not None:
-            del live.streams[event.index]
-            if event.finish_reason is None:
-                self._end(event.request_id, event.index)
-        return delta
+        self.send(lives)
 
 
 def error_delta(request_id: str, index: int, message: str = INTERNAL_ERROR) -> TextDelta:

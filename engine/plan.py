@@ -5,9 +5,9 @@ A row is "count tokens from start". Knows no JAX; results are numpy arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -48,27 +48,68 @@ class DecodeRow:
     state: StateMove | None = None  # where the row leaves a copy of its recurrent state
 
 
+@dataclass(slots=True)
+class DecodeRows:
+    """The decode rows of a step, in columns: a step has hundreds, and most of them hold nothing but a count.
+
+    `pages` and `states` are by the row's number, of those rows that have any.
+    """
+
+    seqs: list[Sequence] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    pages: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)  # (first_new_page, new_pages)
+    states: dict[int, StateMove] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Iterable[DecodeRow]) -> Self:
+        made = cls()
+        for row in rows:
+            made.add(row)
+        return made
+
+    def add(self, row: DecodeRow) -> None:
+        if row.new_pages:
+            self.pages[len(self)] = row.first_new_page, row.new_pages
+        if row.state is not None:
+            self.states[len(self)] = row.state
+        self.seqs.append(row.seq)
+        self.starts.append(row.start)
+        self.counts.append(row.count)
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+    def __getitem__(self, i: int) -> DecodeRow:
+        first_new_page, new_pages = self.pages.get(i, (0, ()))
+        return DecodeRow(self.seqs[i], self.starts[i], self.counts[i], first_new_page, new_pages, self.states.get(i))
+
+    def __iter__(self) -> Iterator[DecodeRow]:
+        return map(self.__getitem__, range(len(self)))
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One device step. With prefill rows, decode rows ride along for one token each."""
 
     prefill_rows: tuple[PrefillRow, ...]
-    decode_rows: tuple[DecodeRow, ...]
+    decode_rows: DecodeRows
     admitted: tuple[Sequence, ...]  # new in their slots with this step
     drafts: int = 0  # tokens that a decode step proposes for each row, and verifies
+    wants_logprobs: bool = False  # of drawn tokens; some sequence that runs does
 
     def of_group(self, group: int) -> StepPlan:
         """The rows of one group of requests."""
         return StepPlan(
             tuple(row for row in self.prefill_rows if row.seq.group == group),
-            tuple(row for row in self.decode_rows if row.seq.group == group),
+            DecodeRows.of(row for row in self.decode_rows if row.seq.group == group),
             tuple(seq for seq in self.admitted if seq.group == group),
         )
 
     @property
     def num_steps(self) -> int:
         """Tokens that a decode step may draw for a sequence."""
-        return max((row.count for row in self.decode_rows), default=0)
+        return max(self.decode_rows.counts, default=0)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -87,6 +128,28 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeResult:
+    """What decode rows drew, in columns."""
+
+    tokens: np.ndarray  # int32 [rows, steps], the first num_drawn of each
+    num_drawn: np.ndarray  # int32 [rows]
+    faulty: np.ndarray  # bool [rows]
+    logprobs: np.ndarray  # float32 [rows, steps]
+    top_ids: np.ndarray  # int32 [rows, steps, MAX_LOGPROBS]
+    top_logprobs: np.ndarray  # float32 [rows, steps, MAX_LOGPROBS]
+
+    def __getitem__(self, i: int) -> RowResult:
+        count = int(self.num_drawn[i])
+        detail = (self.logprobs[i, :count], self.top_ids[i, :count], self.top_logprobs[i, :count])
+        return RowResult(self.tokens[i, :count], *detail, bool(self.faulty[i]))
+
+    def take(self, rows: np.ndarray | slice) -> DecodeResult:
+        """Some of the rows."""
+        columns = (self.tokens, self.num_drawn, self.faulty, self.logprobs, self.top_ids, self.top_logprobs)
+        return DecodeResult(*(column[rows] for column in columns))
+
+
+@dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """For the tokens of one prefill row: how likely the token after each one was."""
 
@@ -100,7 +163,7 @@ class StepResult:
     """Row by row in the plan's order."""
 
     prefill: tuple[RowResult, ...]
-    decode: tuple[RowResult, ...]
+    decode: DecodeResult
     prompt_logprobs: tuple[PromptLogprobs | None, ...]  # one a prefill row
     expert_tokens: np.ndarray | None = None  # int32 [layers with experts, experts], tokens that chose each
     num_proposed: int = 0  # draft tokens of all rows
@@ -117,6 +180,8 @@ class Layout:
 class PendingStep(Protocol):
     @property
     def plan(self) -> StepPlan: ...
+    @property
+    def name(self) -> str: ...  # of its program
     def result(self) -> StepResult: ...
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import NamedTuple
 
 from engine.errors import InvalidParam
 
@@ -154,24 +155,22 @@ class TokenLogprobs:
     top: tuple[Logprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
-    """New tokens of one choice, and its ending if this was the last of them."""
+class TokenEvent(NamedTuple):
+    """New tokens of one choice, and its ending if this was the last of them. One is made a sequence and step."""
 
     request_id: str
     index: int  # choice, 0 <= index < n
     token_ids: tuple[int, ...] = ()
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, when asked for
     # On the first event of choice 0, when asked for; entry 0 is None (nothing predicts it).
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop or end token that ended it (it is in token_ids)
-    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     error: str | None = None  # set when finish_reason is ERROR
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """A `TokenEvent` with its text: what clients see. The fields mean the same.
 
     `text` holds only characters that no later token can change; a stop string and what
@@ -182,9 +181,9 @@ class TextDelta:
     index: int
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id; None at an end token
-    num_cached_tokens: int = 0
     error: str | None = None

@@ -31,8 +31,9 @@ from engine.config import EngineConfig
 from engine.executables import Executable, placed
 from engine.model.config import ModelConfig
 from engine.placement import move
-from engine.plan import DecodeRow, PrefillRow, PromptLogprobs, RowResult, StepPlan, StepResult
+from engine.plan import DecodeResult, DecodeRows, PromptLogprobs, StepPlan, StepResult
 from engine.programs import group_cut, kv_cuts, kv_shapes, over_groups, slots_of
+from engine.sequence import Sequence
 from engine.stats import Counters
 from engine.steps import StepOutput
 from sharding.mesh import mesh_of
@@ -47,32 +48,48 @@ class Pending:
     num_groups: int
     output: StepOutput  # device arrays
 
+    @property
+    def name(self) -> str:
+        return self.key.name
+
     def result(self) -> StepResult:
         """Wait for the step and cut its output into the plan's rows."""
-        tokens, num_drawn, faulty = (
-            np.asarray(a) for a in (self.output.tokens, self.output.num_drawn, self.output.faulty)
+        out, prefill = self.output, self.plan.prefill_rows
+        drawn = [np.asarray(array) for array in (out.tokens, out.num_drawn, out.faulty)]
+        nothing = np.zeros((len(drawn[0]), 0), np.float32)
+        rows = DecodeResult(
+            *drawn, *(np.asarray(array) if self.plan.wants_logprobs else nothing for array in _detail(out))
         )
-        rows = [*(row.seq for row in self.plan.decode_rows), *(row.seq for row in self.plan.prefill_rows)]
-        wanted = any(seq.request.params.logprobs is not None for seq in rows)
-        detail = [np.asarray(a) if wanted else None for a in _detail(self.output)]
-
-        def row(i: int) -> RowResult:
-            count = int(num_drawn[i])
-            logprobs, top_ids, top_logprobs = (_NONE if a is None else a[i, :count] for a in detail)
-            return RowResult(tokens[i, :count], logprobs, top_ids, top_logprobs, bool(faulty[i]))
-
-        size, first = tokens.shape[0] // self.num_groups, self.key.rows
+        size, first = len(drawn[0]) // self.num_groups, self.key.rows
+        cut = [size * group + first + i for group, i in _places([row.seq for row in prefill])]
         return StepResult(
-            prefill=tuple(row(size * group + first + i) for group, i in _places(self.plan.prefill_rows)),
-            decode=tuple(row(size * group + i) for group, i in _places(self.plan.decode_rows)),
+            prefill=tuple(rows[i] for i in cut),
+            decode=rows.take(self._decode_rows(self.plan.decode_rows, size)),
             prompt_logprobs=self._prompt_logprobs(),
-            expert_tokens=None if self.output.expert_tokens is None else np.asarray(self.output.expert_tokens),
-            num_proposed=0 if self.output.num_proposed is None else int(np.asarray(self.output.num_proposed).sum()),
+            expert_tokens=None if out.expert_tokens is None else np.asarray(out.expert_tokens),
+            num_proposed=0 if out.num_proposed is None else int(np.asarray(out.num_proposed).sum()),
         )
+
+    def wanted(self) -> list[Array]:
+        """The arrays that `result` reads."""
+        out = self.output
+        found = [out.tokens, out.num_drawn, out.faulty, *(_detail(out) if self.plan.wants_logprobs else ())]
+        if self._wants_prompt_logprobs and out.prompt is not None:
+            found += out.prompt
+        return found + [array for array in (out.expert_tokens, out.num_proposed) if array is not None]
+
+    @property
+    def _wants_prompt_logprobs(self) -> bool:
+        return any(row.wants_prompt_logprobs for row in self.plan.prefill_rows)
+
+    def _decode_rows(self, rows: DecodeRows, size: int) -> np.ndarray | slice:
+        if self.num_groups == 1:
+            return slice(len(rows))
+        return np.asarray([size * group + i for group, i in _places(rows.seqs)], np.int32)
 
     def _prompt_logprobs(self) -> tuple[PromptLogprobs | None, ...]:
         rows = self.plan.prefill_rows
-        if not any(row.wants_prompt_logprobs for row in rows) or self.output.prompt is None:
+        if not self._wants_prompt_logprobs or self.output.prompt is None:
             return (None,) * len(rows)
         arrays = [np.asarray(a) for a in self.output.prompt]
         found, starts = [], [self.key.tokens * group for group in range(self.num_groups)]
@@ -84,16 +101,12 @@ class Pending:
         return tuple(found)
 
 
-def _places(rows: Rows[PrefillRow] | Rows[DecodeRow]) -> Iterator[tuple[int, int]]:
+def _places(seqs: Rows[Sequence]) -> Iterator[tuple[int, int]]:
     """(group, which of its rows) of each row of a plan."""
     counts: dict[int, int] = {}
-    for row in rows:
-        group = row.seq.group
-        yield group, counts.get(group, 0)
-        counts[group] = counts.get(group, 0) + 1
-
-
-_NONE = np.zeros((0,), np.float32)
+    for seq in seqs:
+        yield seq.group, counts.get(seq.group, 0)
+        counts[seq.group] = counts.get(seq.group, 0) + 1
 
 
 class Runner:
@@ -146,17 +159,19 @@ class Runner:
                 self.configure(vector)
         key = step_key(self.config, plan)
         vector = build(self.config, key, self._layouts[key], plan)
-        output = self.step(self.executables[key.name], vector)
+        self.counters.phases.lap("build")
+        executable = self.executables[key.name]
+        output: StepOutput = jax.tree.unflatten(executable.structures[2], self.step(executable, vector))
         self._count(key, plan)
-        for array in output:
+        pending = Pending(plan, key, self.config.num_groups, output)
+        for array in pending.wanted():
             array.copy_to_host_async()
-        return Pending(
-            plan, key, self.config.num_groups, jax.tree.unflatten(self.executables[key.name].structures[2], output)
-        )
+        self.counters.phases.lap("dispatch")
+        return pending
 
     def _count(self, key: StepKey, plan: StepPlan) -> None:
         counters, steps = self.counters, max(plan.num_steps, 1)
-        used = plan.num_prefill_tokens + sum(row.count for row in plan.decode_rows)
+        used = plan.num_prefill_tokens + sum(plan.decode_rows.counts)
         counters.steps[key.name] = counters.steps.get(key.name, 0) + 1
         counters.tokens_used += used
         counters.tokens_padded += self.config.num_groups * (key.tokens + key.rows * steps) - used

@@ -6,14 +6,14 @@ no threads, no clock. First come, first served; the newest are preempted first, 
 
 from __future__ import annotations
 
-import bisect
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError, ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
-from engine.plan import DecodeRow, PrefillRow, RowResult, StateMove, StepPlan, StepResult
+from engine.plan import DecodeResult, DecodeRow, DecodeRows, PrefillRow, RowResult, StateMove, StepPlan, StepResult
 from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
 from engine.request import FinishReason, Request, TokenEvent
 from engine.sequence import Sequence, State
@@ -31,8 +31,12 @@ class Scheduler:
         self.counters = counters
         self.speculation = Speculation(config.draft_tokens)
         self.cache = _empty_cache(config)
-        self.waiting: list[Sequence] = []  # by order
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # by order; all came after all that run
         self.running: list[Sequence] = []  # by order
+        self.prompts: list[Sequence] = []  # by order: those of `running` whose prompts are not computed yet
+        self._of_request: dict[str, list[Sequence]] = {}  # that are not finished
+        self._num_logprobs = 0  # of `running`, those that want them
+        self._num_planned = self._num_committed = 0  # steps; those between are in flight
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._order = itertools.count()
         self._group = group
@@ -77,20 +81,21 @@ class Scheduler:
                 request, index, next(self._order), seed, total, leader, list(request.prompt_token_ids), self._group
             )
             leader = leader or seq
-            self.waiting.append(seq)
+            self.waiting[seq] = None
+            self._of_request.setdefault(request.request_id, []).append(seq)
         self.counters.prompt_tokens += len(request.prompt_token_ids)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End every choice of the request. Unknown and finished ids are fine."""
-        mine = [seq for seq in self.sequences() if seq.request.request_id == request_id]
+        mine = list(self._of_request.get(request_id, ()))
         for seq in mine:
             self.finish(seq)
         return [TokenEvent(request_id=request_id, index=seq.index, finish_reason=FinishReason.ABORT) for seq in mine]
 
     def end(self, request_id: str, index: int) -> None:
         """End one choice without an event. Unknown and finished ones are fine."""
-        for seq in self.sequences():
-            if seq.index == index and seq.request.request_id == request_id:
+        for seq in self._of_request.get(request_id, ()):
+            if seq.index == index:
                 self.finish(seq)
                 return
 
@@ -100,18 +105,28 @@ class Scheduler:
 
     def finish(self, seq: Sequence) -> None:
         """Give back what the sequence holds. Steps in flight that still carry it are ignored later."""
+        if seq.state is State.FINISHED:
+            return
         if seq.state is State.RUNNING:
             self._vacate(seq)
-        elif seq.state is State.WAITING:
-            self.waiting.remove(seq)
+        else:
+            del self.waiting[seq]
         seq.state = State.FINISHED
+        mine = self._of_request[seq.request.request_id]
+        mine.remove(seq)
+        if not mine:
+            del self._of_request[seq.request.request_id]
+
+    def in_flight(self, seq: Sequence) -> bool:
+        """Whether a launched step that holds the sequence is not committed."""
+        return seq.last_step > self._num_committed
 
     # -- planning ---------------------------------------------------------------------------
 
     @property
     def has_prompts(self) -> bool:
         """Whether the next step would compute some of a prompt."""
-        return any(seq.prefilling for seq in self.running) or self._admissible() is not None
+        return bool(self.prompts) or self._admissible() is not None
 
     @property
     def num_held_pages(self) -> int:
@@ -132,31 +147,52 @@ class Scheduler:
         prefill_rows, admitted = self._plan_prefill() if mixed or alone else ([], [])
         if not prefill_rows and not decode_rows:
             return None
-        for row in itertools.chain(prefill_rows, decode_rows):
-            row.seq.in_flight += 1
-        return StepPlan(tuple(prefill_rows), tuple(decode_rows), tuple(admitted), 0 if prefill_rows else drafts)
+        self._num_planned += 1
+        for seq in itertools.chain((row.seq for row in prefill_rows), decode_rows.seqs):
+            seq.last_step = self._num_planned
+        return StepPlan(
+            tuple(prefill_rows), decode_rows, tuple(admitted), 0 if prefill_rows else drafts, self._num_logprobs > 0
+        )
 
-    def _plan_decode(self, num_steps: int) -> list[DecodeRow]:
-        rows = []
+    def _plan_decode(self, num_steps: int) -> DecodeRows:
+        rows = DecodeRows()
+        seqs, starts, counts = rows.seqs, rows.starts, rows.counts
         for seq in list(self.running):
-            remaining = seq.max_total_len - seq.planned_len
-            if seq.state is not State.RUNNING or seq.prefilling or remaining <= 0:
-                continue
-            count = self._grow(seq, min(num_steps, remaining))
-            if count == 0:
-                break  # seq was the newest and is preempted: nobody comes after it
-            first = seq.num_sent_pages
-            state = self._decode_copy(seq, count)
-            rows.append(DecodeRow(seq, seq.computed, count, first, tuple(seq.pages[first:]), state))
-            seq.num_sent_pages = len(seq.pages)
-            seq.computed += count
-            seq.pending += count
+            start, count = seq.computed, num_steps
+            if start + count > seq.smooth_computed:
+                count = self._extend(seq, count, rows)
+                if count == 0:
+                    continue
+            seqs.append(seq)
+            starts.append(start)
+            counts.append(count)
+            seq.computed = start + count
         return rows
+
+    def _extend(self, seq: Sequence, count: int, rows: DecodeRows) -> int:
+        """How many of `count` tokens the sequence decodes, with pages for them; 0: none. It is the next of `rows`."""
+        remaining = seq.max_total_len - seq.computed - 1
+        if seq.state is not State.RUNNING or seq.prefilling or remaining <= 0:
+            return 0
+        count = self._grow(seq, min(count, remaining))
+        if count == 0:
+            return 0
+        first = seq.num_sent_pages
+        if first < len(seq.pages):
+            rows.pages[len(rows)] = first, tuple(seq.pages[first:])
+            seq.num_sent_pages = len(seq.pages)
+        if self.config.checkpoint_rows is not None:
+            state = self._decode_copy(seq, count)
+            if state is not None:
+                rows.states[len(rows)] = state
+        else:
+            seq.smooth_computed = min(len(seq.pages) * self.config.page_size, seq.max_total_len - 1)
+        return count
 
     def _decode_copy(self, seq: Sequence, count: int) -> StateMove | None:
         """A copy is kept of the state at the last page border that the row reaches, if it reaches one."""
         border = (seq.computed + count) // self.config.page_size * self.config.page_size
-        if self.config.checkpoint_rows is None or border <= seq.computed or seq.node is None or not seq.node.alive:
+        if border <= seq.computed or seq.node is None or not seq.node.alive:
             return None
         row = self.cache.checkpoints.promise()
         return None if row is None else StateMove(seq.slot, row, border - seq.computed)
@@ -180,7 +216,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         rows: list[PrefillRow] = []
         admitted: list[Sequence] = []
-        started = iter([seq for seq in self.running if seq.prefilling])
+        started = iter(self.prompts.copy())
         while budget > 0 and len(rows) < self.config.max_prefill_rows:
             seq = next(started, None)
             if seq is None:
@@ -198,8 +234,9 @@ class Scheduler:
         if start < seq.branch:
             count = min(count, seq.branch - start)
         seq.computed += count
+        if not seq.prefilling:
+            self.prompts.remove(seq)
         samples = not seq.prefilling and seq.max_total_len > seq.prompt_len
-        seq.pending += samples
         self._register(seq, seq.computed)
         return PrefillRow(seq, start, count, samples, seq.wants_prompt_logprobs, self._state_move(seq, start))
 
@@ -221,9 +258,9 @@ class Scheduler:
         """What the first in the queue can reuse, if it can be admitted now. Nobody overtakes it."""
         if not self.waiting or not self._free_slots:
             return None
-        seq = self.waiting[0]
+        seq = next(iter(self.waiting))
         shared = seq.leader
-        if seq.in_flight or (shared is not None and shared.state is State.RUNNING and shared.prefilling):
+        if self.in_flight(seq) or (shared is not None and shared.state is State.RUNNING and shared.prefilling):
             return None
         reusable = 0 if seq.wants_prompt_logprobs else len(seq.token_ids) - 1
         match = self.cache.match(seq.request.cache_salt, seq.token_ids, reusable)
@@ -239,7 +276,7 @@ class Scheduler:
 
     def _admit(self, match: Match) -> Sequence:
         """Move the first in the queue into a slot with pages for all its known tokens."""
-        seq, pool = self.waiting.pop(0), self.cache.pool
+        (seq, _), pool = self.waiting.popitem(last=False), self.cache.pool
         pool.acquire(match.pages)
         missing = -(-len(seq.token_ids) // self.config.page_size) - len(match.pages)
         seq.pages = [*match.pages, *pool.take(missing)]
@@ -255,7 +292,9 @@ class Scheduler:
         seq.prefill_len = len(seq.token_ids)
         seq.slot = self._free_slots.pop()
         seq.state = State.RUNNING
-        bisect.insort(self.running, seq, key=lambda s: s.order)
+        self._num_logprobs += seq.wants_logprobs
+        self.running.append(seq)
+        self.prompts.append(seq)
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.computed
             self.counters.prefix_queries_tokens += len(seq.token_ids)
@@ -264,10 +303,14 @@ class Scheduler:
 
     def _vacate(self, seq: Sequence) -> None:
         """Give back slot and pages. The device may still write them: later steps come after it."""
+        self._num_logprobs -= seq.wants_logprobs
         self.running.remove(seq)
+        if seq.prefilling:
+            self.prompts.remove(seq)
         self.cache.pool.release(seq.pages)
         self._free_slots.append(seq.slot)
         seq.pages, seq.slot, seq.node, seq.num_registered, seq.computed = [], -1, None, 0, 0
+        seq.smooth_computed = seq.smooth_len = -1
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue; its tokens are computed again, tokens in flight still count."""
@@ -275,37 +318,62 @@ class Scheduler:
         seq.state = State.WAITING
         seq.num_preemptions += 1
         self.counters.num_preemptions += 1
-        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+        self.waiting[seq] = None
+        self.waiting.move_to_end(seq, last=False)  # the newest of those that ran, and so older than all that wait
 
     def _register(self, seq: Sequence, known: int) -> None:
         """Tell the prefix cache the pages whose tokens [0, known) are known and launched."""
-        size = self.config.page_size
-        while seq.node is not None and (seq.num_registered + 1) * size <= known:
-            start = seq.num_registered * size
+        size, start = self.config.page_size, seq.num_registered * self.config.page_size
+        while seq.node is not None and seq.node.alive and start + size <= known:
             tokens = tuple(seq.token_ids[start : start + size])
             seq.node = self.cache.insert(seq.node, tokens, seq.pages[seq.num_registered])
             seq.num_registered += 1
+            start += size
+        alive = seq.node is not None and seq.node.alive
+        seq.full_page_len = start + size + 1 if alive else seq.max_total_len + 1  # of an evicted page nothing goes on
 
     # -- results --------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Append what a step drew, and end what is over. One event a row that has news."""
+        self._num_committed += 1
         events = []
         for row, drawn, prompt in zip(plan.prefill_rows, result.prefill, result.prompt_logprobs, strict=True):
             if prompt is not None:
                 collect_prompt_logprobs(row, prompt)
             events.append(self._commit_row(row.seq, drawn, int(row.samples)))
-        for row, drawn in zip(plan.decode_rows, result.decode, strict=True):
-            events.append(self._commit_row(row.seq, drawn, row.count, row))
-            if row.state is not None:
-                self.cache.checkpoints.withdraw(row.state.copy_to)
+        events += self._commit_decode(plan.decode_rows, result.decode)
+        for state in plan.decode_rows.states.values():
+            self.cache.checkpoints.withdraw(state.copy_to)
         return [event for event in events if event is not None]
+
+    def _commit_decode(self, rows: DecodeRows, result: DecodeResult) -> list[TokenEvent | None]:
+        events: list[TokenEvent | None] = []
+        columns = zip(rows.seqs, rows.counts, result.num_drawn.tolist(), result.tokens.tolist(), strict=True)
+        may_end = bool(result.faulty.any())
+        num_smooth = 0
+        for i, (seq, launched, count, drawn) in enumerate(columns):
+            tokens = drawn if count == len(drawn) else drawn[:count]
+            known = seq.token_ids
+            if (
+                may_end
+                or count < launched
+                or len(known) + count >= seq.smooth_len
+                or not seq.stop_ids.isdisjoint(tokens)
+            ):
+                events.append(self._commit_row(seq, result[i], launched, rows[i]))
+                continue
+            known += tokens
+            num_smooth += count
+            if len(known) >= seq.full_page_len:
+                self._register(seq, len(known) - 1)
+            events.append(TokenEvent(seq.request.request_id, seq.index, tuple(tokens), seq.num_cached_tokens))
+        self.counters.generation_tokens += num_smooth
+        return events
 
     def _commit_row(
         self, seq: Sequence, drawn: RowResult, launched: int, decoded: DecodeRow | None = None
     ) -> TokenEvent | None:
-        seq.in_flight -= 1
-        seq.pending -= launched
         if seq.state is State.FINISHED:  # ended while this step was in flight
             return None
         if drawn.faulty:
@@ -325,7 +393,9 @@ class Scheduler:
             self._register(seq, len(seq.token_ids) - 1)
             if decoded is not None and decoded.state is not None:
                 self._keep_decoded(decoded, decoded.state, len(drawn.token_ids))
-        if seq.max_total_len == seq.prompt_len and not seq.prefilling and not seq.in_flight:
+            rough = seq.wants_logprobs or self.config.checkpoint_rows is not None
+            seq.smooth_len = -1 if rough else seq.max_total_len
+        if seq.max_total_len == seq.prompt_len and not seq.prefilling and not self.in_flight(seq):
             outcome = Outcome(0, FinishReason.LENGTH, None)
         if outcome.finish_reason is not None:
             self.finish(seq)
@@ -349,6 +419,7 @@ class Scheduler:
         for seq in mine:
             self.finish(seq)
         self.cache.clear()
+        self._num_committed = self._num_planned  # what was in flight is lost
         return [
             TokenEvent(
                 request_id=seq.request.request_id, index=seq.index, finish_reason=FinishReason.ERROR, error=message
@@ -373,6 +444,11 @@ class Scheduler:
         """Page conservation and the slots' books; raises RuntimeError with what is off."""
         held = [page for seq in self.running for page in seq.pages]
         self.cache.check(held)
+        if self.prompts != [seq for seq in self.running if seq.prefilling]:
+            raise RuntimeError("the prompts that are being computed differ from those of the running sequences")
+        orders = [seq.order for seq in self.sequences()]
+        if orders != sorted(orders):
+            raise RuntimeError(f"sequences are out of order: {orders}")
         slots = sorted([*self._free_slots, *(seq.slot for seq in self.running)])
         if slots != list(range(self.config.max_num_seqs)):
             raise RuntimeError(f"slots are lost or doubled: {slots}")

@@ -23,11 +23,8 @@ class State(Enum):
 class Sequence:
     """Token positions are half-open: KV is launched for [0, computed).
 
-        [0 ........ computed) [computed .. len(token_ids) + pending)
-         KV launched            tokens without KV; `pending` of them are not read back yet
-
-    A decoding sequence has computed == len(token_ids) + pending - 1: the last token is fed next. `pending`
-    counts what was launched at most: proposed tokens that were refused leave both when the step is read.
+    A decoding sequence feeds its last token next, so that it has `computed` + 1 tokens once all that was launched is
+    read. That is an upper bound until then: proposed tokens that were refused leave `computed` when the step is read.
     """
 
     request: Request
@@ -49,8 +46,11 @@ class Sequence:
     branch: int = 0  # tokens of known pages at the last admission: a state is kept where prompts part
     prefill_len: int = 0  # len(token_ids) at the last admission
     computed: int = 0
-    pending: int = 0
-    in_flight: int = 0  # launched steps that hold this sequence and are not committed
+    last_step: int = 0  # the scheduler's number of the last step that holds this sequence
+    # While decoding stays below these it is nothing but counting; -1: every step is looked at.
+    smooth_computed: int = -1  # with more tokens launched, it needs a page or is at its end
+    smooth_len: int = -1  # with as many tokens known, it may have ended, or somebody wants more than tokens
+    full_page_len: int = 0  # with as many tokens known, there is a page for the prefix cache to know
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected so far
     prompt_logprobs_sent: bool = False
@@ -65,11 +65,6 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
-    def planned_len(self) -> int:
-        """Tokens once everything launched has been read: an upper bound until then."""
-        return len(self.token_ids) + self.pending
-
-    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
@@ -77,6 +72,10 @@ class Sequence:
     def prefilling(self) -> bool:
         """Tokens known at admission still lack KV. Afterwards the device feeds its own tokens."""
         return self.computed < self.prefill_len
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.request.params.logprobs is not None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

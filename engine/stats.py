@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+from engine.phases import Phases
 
 
 @dataclass(slots=True)
@@ -27,7 +31,15 @@ class Counters:
     tokens_padded: int = 0  # token positions that buckets added
     ready: bool = False
     steps: dict[str, int] = field(default_factory=dict)  # program name -> calls
+    step_s: dict[str, float] = field(default_factory=dict)  # program name -> seconds, each from when it could start
+    phases: Phases = field(default_factory=Phases)
     expert_tokens: np.ndarray | None = None  # int64 [layers with experts, experts], tokens that chose each
+
+    def snapshot(self) -> dict[str, Any]:
+        """The fields of `EngineStats` that are counted here, as they stand."""
+        names = {f.name for f in dataclasses.fields(self)} - {"ready", "phases"}
+        found = {name: getattr(self, name) for name in names}
+        return found | {"steps": dict(self.steps), "step_s": dict(self.step_s), "phase_s": dict(self.phases.seconds)}
 
     def chose(self, expert_tokens: np.ndarray | None) -> None:
         """Add a step's choices of experts. The sum is a new array: a reader may hold the old one."""
@@ -52,6 +64,8 @@ class EngineStats:
     compile_s: float
     compiles_after_ready: int
     steps: Mapping[str, int]
+    step_s: Mapping[str, float]
+    phase_s: Mapping[str, float]  # of the loop's thread
     tokens_used: int
     tokens_padded: int
     last_step_age_s: float  # since the last committed step; 0 when idle

@@ -120,8 +120,8 @@ class EngineThread(ABC):
         try:
             while not self._stopping:
                 worked = self._guarded(step)
-                self._read_inbox(block=not worked)
-            self._read_inbox(block=False)
+                self.read_inbox(block=not worked)
+            self.read_inbox(block=False)
             self._guarded(self._settle)
             self._abort_all()
         except BaseException as error:  # the thread's end: say why, leave no client waiting
@@ -129,7 +129,7 @@ class EngineThread(ABC):
             with self._lock:
                 self.failure = type(error).__name__
             self._fail_all()
-            self._read_inbox(block=False)
+            self.read_inbox(block=False)
 
     def _guarded(self, step: Callable[[], bool | None]) -> bool:
         """A step that fails ends the requests that were in it, not the engine."""
@@ -140,7 +140,8 @@ class EngineThread(ABC):
             self._recover()
             return True
 
-    def _read_inbox(self, block: bool) -> None:
+    def read_inbox(self, block: bool) -> None:
+        """Do what was asked; with `block` there is nothing else to do, and it waits for something."""
         if block and self._inbox.empty():
             self._last_step_s = time.monotonic()
         while block or not self._inbox.empty():

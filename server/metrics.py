@@ -175,10 +175,20 @@ def _families(stats: EngineStats, labels: list[str]) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, help, labels=_LABELS)
         counter.add_metric(labels, getattr(stats, field))
         yield counter
-    steps = CounterMetricFamily("octavo_steps", "Device calls by program", labels=(*_LABELS, "bucket"))
-    for bucket, count in stats.steps.items():
-        steps.add_metric([*labels, bucket], count)
-    yield steps
+    for name, help, label, values in (
+        ("octavo_steps", "Device calls by program", "bucket", stats.steps),
+        (
+            "octavo_step_seconds",
+            "Time of device calls, from when each could start to its result",
+            "bucket",
+            stats.step_s,
+        ),
+        ("octavo_loop_seconds", "Time of the engine's thread by phase of a step", "phase", stats.phase_s),
+    ):
+        counter = CounterMetricFamily(name, help, labels=(*_LABELS, label))
+        for value, number in values.items():
+            counter.add_metric([*labels, value], number)
+        yield counter
     if stats.expert_tokens is not None:
         yield from _expert_families(stats.expert_tokens, labels)
 

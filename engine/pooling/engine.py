@@ -5,7 +5,6 @@ Sinks are called from the engine's thread and must not block.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -119,13 +118,13 @@ class PoolingEngine(EngineThread):
         self._inbox.put(lambda: self._abort(request_id))
 
     def stats(self) -> EngineStats:
-        counters, pending = self.counters, self._pending
+        pending = self._pending
         running = len(pending.batch.items) if pending is not None else 0
         waiting = len(self.waiting) + self._num_submitted
-        fields = {f.name: getattr(counters, f.name) for f in dataclasses.fields(Counters) if f.name != "ready"}
-        fields["steps"] = dict(counters.steps)
         age = time.monotonic() - self._last_step_s if running or waiting else 0.0
-        return EngineStats(num_running=running, num_waiting=waiting, kv_usage=0.0, last_step_age_s=age, **fields)
+        return EngineStats(
+            num_running=running, num_waiting=waiting, kv_usage=0.0, last_step_age_s=age, **self.counters.snapshot()
+        )
 
     def has_work(self) -> bool:
         return bool(self._live)

@@ -9,11 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from engine.errors import ModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+class Texts(dict[int, str | None]):
+    """The text of each token that is whole characters by itself, else None; decoded when it is first asked for."""
+
+    def __init__(self, pieces: Mapping[int, bytes]) -> None:
+        self._pieces = pieces
+
+    def __missing__(self, token: int) -> str | None:
+        try:
+            text = self._pieces.get(token, b"").decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token] = text
+        return text
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,18 @@ class Pieces:
     all: dict[int, bytes]
     plain: dict[int, bytes]
     leading_space: bool
+
+    def texts(self, skip_special_tokens: bool) -> Texts:
+        """One for all streams of a kind: what it has looked up stays."""
+        return self._plain_texts if skip_special_tokens else self._all_texts
+
+    @cached_property
+    def _plain_texts(self) -> Texts:
+        return Texts(self.plain)
+
+    @cached_property
+    def _all_texts(self) -> Texts:
+        return Texts(self.all)
 
     def join(self, ids: Iterable[int], skip_special_tokens: bool) -> bytes:
         get = (self.plain if skip_special_tokens else self.all).get

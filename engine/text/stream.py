@@ -75,17 +75,20 @@ class TextStream:
         self._params = params
         self._stops: StopStrings | None = None
         self._num_tokens = 0
+        self._smooth = False  # the next tokens' texts may simply be joined
         self.stopped = False  # a stop string was found: the choice is over
         if tokenizer is None or not params.detokenize:
             self._get = None
             return
         pieces = tokenizer.pieces
         self._get = (pieces.plain if params.skip_special_tokens else pieces.all).get
+        self._text_of = pieces.texts(params.skip_special_tokens).__getitem__
         self._utf8 = _Utf8Decoder("replace")
         # A decoder that drops the first space of a text does so in the prompt, if that has any text.
         self._drop_space = pieces.leading_space and not any(map(self._get, prompt_token_ids))
         if params.stop:
             self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._smooth = self._is_smooth()
 
     def push(self, event: TokenEvent) -> TextDelta:
         """The event with its text. After `stopped`, later events give empty deltas.
@@ -93,6 +96,17 @@ class TextStream:
         Tokens after the one that completes a stop string are cut as the text is, so that a result
         does not depend on how many tokens came in one event.
         """
+        if self._smooth and event.finish_reason is None:
+            try:
+                text = "".join(map(self._text_of, event.token_ids))  # type: ignore[arg-type]
+            except TypeError:  # one of them is None, a part of a character
+                pass
+            else:
+                return TextDelta(event.request_id, event.index, text, *event[2:6])
+        return self._push_rough(event)
+
+    def _push_rough(self, event: TokenEvent) -> TextDelta:
+        """Of any event and state."""
         if self.stopped:
             return TextDelta(request_id=event.request_id, index=event.index)
         token_ids, logprobs = event.token_ids, event.logprobs
@@ -122,8 +136,12 @@ class TextStream:
         text = self._utf8.decode(b"".join([get(token, b"") for token in token_ids]), final)
         if self._drop_space and text:
             self._drop_space = False
-            return text.removeprefix(" ")
+            text = text.removeprefix(" ")
+        self._smooth = self._is_smooth()
         return text
+
+    def _is_smooth(self) -> bool:
+        return self._stops is None and not self._drop_space and not self._utf8.getstate()[0]
 
     def _decode_until_stop(self, stops: StopStrings, token_ids: Sequence[int], final: bool) -> tuple[str, int]:
         """Text, and how many tokens it took when a stop string ended it."""

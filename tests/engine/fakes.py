@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.pages import TRASH_PAGE
-from engine.plan import DecodeRow, PrefillRow, PromptLogprobs, RowResult, StepPlan, StepResult
+from engine.plan import DecodeResult, DecodeRow, PrefillRow, PromptLogprobs, RowResult, StepPlan, StepResult
 from engine.request import MAX_LOGPROBS, Request, SamplingParams
 from engine.sequence import Sequence, stop_token_ids
 from pallas_kernels.target import CPU
@@ -97,6 +97,7 @@ class Slot:
 class FakePending:
     plan: StepPlan
     step: StepResult | Exception
+    name: str = "fake"
 
     def result(self) -> StepResult:
         if isinstance(self.step, Exception):
@@ -137,7 +138,7 @@ class FakeRunner:
         for row, state in zip(plan.prefill_rows, sources, strict=True):  # all were read before one is written
             self._keep_states(row, state)
         prefill = tuple(self._prefill(row) for row in plan.prefill_rows)
-        decode = tuple(self._decode(row) for row in plan.decode_rows)
+        decode = columns([self._decode(row) for row in plan.decode_rows])
         prompt = tuple(_prompt_logprobs(row) if row.wants_prompt_logprobs else None for row in plan.prefill_rows)
         if number in self.fail_result:
             return FakePending(plan, RuntimeError("step failed"))
@@ -164,7 +165,8 @@ class FakeRunner:
 
     def _decode(self, row: DecodeRow) -> RowResult:
         slot = self.slots[row.seq.slot]
-        slot.table[row.first_new_page :] = row.new_pages
+        if row.new_pages:
+            slot.table[row.first_new_page :] = row.new_pages
         drawn: list[int] = []
         if slot.active and slot.position != row.start:
             raise AssertionError(f"host decodes from {row.start}, device from {slot.position}")
@@ -198,6 +200,26 @@ class FakeRunner:
         top = np.zeros((count, MAX_LOGPROBS))
         faulty = bool(drawn) and seq.request.request_id in self.faulty
         return RowResult(np.asarray(drawn, np.int32), -np.asarray(drawn, np.float32), top.astype(int), top, faulty)
+
+
+def columns(rows: Tokens[RowResult]) -> DecodeResult:
+    """As wide as the longest, and a column of noise behind it."""
+    counts = [len(row.token_ids) for row in rows]
+    shape = len(rows), max(counts, default=0) + 1
+    made = DecodeResult(
+        tokens=np.full(shape, VOCAB - 1, np.int32),
+        num_drawn=np.asarray(counts, np.int32),
+        faulty=np.asarray([row.faulty for row in rows], bool),
+        logprobs=np.full(shape, np.nan, np.float32),
+        top_ids=np.zeros((*shape, MAX_LOGPROBS), np.int32),
+        top_logprobs=np.full((*shape, MAX_LOGPROBS), np.nan),
+    )
+    for i, row in enumerate(rows):
+        made.tokens[i, : counts[i]] = row.token_ids
+        made.logprobs[i, : counts[i]] = row.logprobs
+        made.top_ids[i, : counts[i]] = row.top_ids
+        made.top_logprobs[i, : counts[i]] = row.top_logprobs
+    return made
 
 
 def check_plan(config: EngineConfig, plan: StepPlan) -> None:

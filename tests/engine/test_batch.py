@@ -27,7 +27,7 @@ from engine.batch import (
     step_key,
     step_layout,
 )
-from engine.plan import DecodeRow, PrefillRow, StateMove, StepPlan
+from engine.plan import DecodeRow, DecodeRows, PrefillRow, StateMove, StepPlan
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from engine.sequence import Sequence
 from engine.slots import Slots, add_pages, slots_shape
@@ -47,7 +47,7 @@ def prefill(seq: Sequence, start: int, count: int, samples: bool = True, logprob
 
 
 def plan_of(prefill_rows: tuple[PrefillRow, ...] = (), decode_rows: tuple[DecodeRow, ...] = ()) -> StepPlan:
-    return StepPlan(prefill_rows, decode_rows, ())
+    return StepPlan(prefill_rows, DecodeRows.of(decode_rows), ())
 
 
 def unpacked(key: StepKey, plan: StepPlan) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ def run_schedule(w: World, seed: int, overlap: bool) -> list[Client]:
             request = random_request(rng, f"{seed}-{to_come}", stems)
             clients.append(Client.of(request))
             engine.submit(request, clients[-1])
-            engine._read_inbox(block=False)
+            engine.read_inbox(block=False)
             mine = [s for s in engine.scheduler.sequences() if s.request is request]
             seeds |= {(request.request_id, s.index): s.seed for s in mine}
         if clients and rng.random() < 0.02:
@@ -165,7 +165,7 @@ def test_wrong_proposals_change_nothing() -> None:
     history = next(i for i, a in enumerate(w.runner._slots) if a.shape == (7, w.config.max_model_len))
     before = engine.stats()
     for _ in range(500):
-        engine._read_inbox(block=False)
+        engine.read_inbox(block=False)
         w.runner._slots = [a.at[:].set(a % 2) if i == history else a for i, a in enumerate(w.runner._slots)]
         if not engine.run_once():
             break
@@ -221,7 +221,7 @@ def test_a_hit_continues_from_a_checkpoint_and_the_net_catches_a_wrong_one() -> 
         request = Request(request_id=name, prompt_token_ids=tuple(range(length)), params=params)
         client = Client.of(request)
         engine.submit(request, client)
-        engine._read_inbox(block=False)
+        engine.read_inbox(block=False)
         while checked_step(engine):
             pass
         if name == "wrong":

@@ -9,11 +9,11 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.groups import GroupedScheduler, scheduler_of
-from engine.plan import StepPlan, StepResult
+from engine.plan import DecodeResult, RowResult, StepPlan, StepResult
 from engine.scheduler import Scheduler
 from engine.stats import Counters
 from sharding.shards import Axis, Shards
-from tests.engine.fakes import CONFIG, FakeRunner, expected_tokens, request
+from tests.engine.fakes import CONFIG, FakeRunner, columns, expected_tokens, request
 
 DIVIDED = Shards((Axis("data", 3),), (("requests", ("data",)),))
 
@@ -39,16 +39,20 @@ class Devices:
             raise AssertionError("rows that ride along draw one token")
         parts = [plan.of_group(group) for group in range(len(self.groups))]
         done = [
-            runner.launch(part).result() if part.prefill_rows or part.decode_rows else StepResult((), (), ())
+            runner.launch(part).result() if part.prefill_rows or part.decode_rows else StepResult((), columns(()), ())
             for runner, part in zip(self.groups, parts, strict=True)
         ]
-        prefill, decode = [iter(result.prefill) for result in done], [iter(result.decode) for result in done]
+        prefill, decode = [iter(result.prefill) for result in done], [iter(rows_of(result.decode)) for result in done]
         prompt = [iter(result.prompt_logprobs) for result in done]
         return StepResult(
             tuple(next(prefill[row.seq.group]) for row in plan.prefill_rows),
-            tuple(next(decode[row.seq.group]) for row in plan.decode_rows),
+            columns([next(decode[row.seq.group]) for row in plan.decode_rows]),
             tuple(next(prompt[row.seq.group]) for row in plan.prefill_rows),
         )
+
+
+def rows_of(result: DecodeResult) -> list[RowResult]:
+    return [result[i] for i in range(len(result.num_drawn))]
 
 
 def step(scheduler: GroupedScheduler, devices: Devices) -> StepPlan | None:

@@ -67,7 +67,7 @@ def submit(engine: Engine, made: Request) -> Client:
 
 def step_guarded(engine: Engine) -> bool:
     """One turn of the engine's own loop."""
-    engine._read_inbox(block=False)
+    engine.read_inbox(block=False)
     worked = engine._guarded(engine.run_once_overlapped if engine.config.overlap else engine.run_once)
     engine.scheduler.check()
     return worked
@@ -267,7 +267,7 @@ def test_abort_tells_each_unfinished_choice_once(overlap: bool) -> None:
     for steps in range(8):
         engine = engine_of(overlap=overlap)
         client = submit(engine, request("a", 9, n=3, max_tokens=30))
-        engine._read_inbox(block=False)
+        engine.read_inbox(block=False)
         for _ in range(steps):
             step_guarded(engine)
         engine.abort("a")
@@ -382,7 +382,7 @@ def test_a_step_that_fails_under_a_call_does_not_hang_the_caller() -> None:
     caller = threading.Thread(target=lambda: answers.append(engine.call(lambda: 5)))
     caller.start()
     wait_for(lambda: not engine._inbox.empty())
-    engine._read_inbox(block=False)
+    engine.read_inbox(block=False)
     caller.join(20)
     assert answers == [5] and client.finished == {0: FinishReason.ERROR}
 

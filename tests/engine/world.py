@@ -216,7 +216,7 @@ class Client:
 
 def step(engine: Engine) -> bool:
     """Take in what was submitted, run one step of the configured loop, check the books."""
-    engine._read_inbox(block=False)
+    engine.read_inbox(block=False)
     worked = engine.run_once_overlapped() if engine.config.overlap else engine.run_once()
     engine.scheduler.check()
     return worked

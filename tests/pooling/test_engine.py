@@ -35,7 +35,7 @@ def submit(engine: PoolingEngine, made: PoolingRequest) -> Client:
 
 def run(engine: PoolingEngine) -> None:
     """The loop by hand until nothing is left to do."""
-    engine._read_inbox(block=False)
+    engine.read_inbox(block=False)
     step = engine.run_once_overlapped if engine.config.overlap else engine.run_once
     for _ in range(1000):
         if not engine._guarded(step):
@@ -95,7 +95,7 @@ def test_a_vector_that_is_not_finite_ends_its_text_alone() -> None:
 def test_an_aborted_requests_waiting_texts_are_not_computed(overlap: bool) -> None:
     engine = engine_of(overlap=overlap)
     gone, stays = submit(engine, request("gone", *[30] * 12)), submit(engine, request("stays", 30))
-    engine._read_inbox(block=False)
+    engine.read_inbox(block=False)
     engine._guarded(engine.run_once_overlapped if overlap else engine.run_once)
     engine.abort("gone")
     engine.abort("nobody")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -165,7 +165,8 @@ class FakeEngine:
         return EngineStats(
             num_running=len(self._rows), num_waiting=2, kv_usage=0.25, num_preemptions=3, prefix_queries_tokens=100,
             prefix_hits_tokens=40, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.submitted),
-            generation_tokens=7, compiles=5, compile_s=1.5, compiles_after_ready=0, steps={"decode_8": 11},
+            generation_tokens=7, compiles=5, compile_s=1.5, compiles_after_ready=0,
+            steps={"decode_8": 11}, step_s={"decode_8": 2.5}, phase_s={"plan": 0.5},
             tokens_used=90, tokens_padded=10, last_step_age_s=0.0, expert_tokens=np.array([[1, 3], [5, 5]]),
         )  # fmt: skip
 
@@ -202,11 +203,11 @@ class FakeEngine:
         first = TextDelta(request_id=row.request.request_id, index=row.index, num_cached_tokens=cached)
         if row.emitted == 0 and row.index == 0 and params.prompt_logprobs is not None:
             scored = [token_logprobs(t, params.prompt_logprobs) for t in prompt[1:]]
-            first = replace(first, prompt_logprobs=(None, *scored))
+            first = first._replace(prompt_logprobs=(None, *scored))
         if row.limit == 0:
-            return replace(first, finish_reason=FinishReason.LENGTH)
+            return first._replace(finish_reason=FinishReason.LENGTH)
         if row.emitted == 2 and b"FAULT" in bytes(t for t in prompt if t < 256):
-            return replace(first, finish_reason=FinishReason.ERROR, error="secret detail at 0x7f00")
+            return first._replace(finish_reason=FinishReason.ERROR, error="secret detail at 0x7f00")
         token = row.ids[row.emitted]
         row.emitted += 1
         reason = FinishReason.STOP if token == END else FinishReason.LENGTH if row.emitted == row.limit else None
@@ -216,4 +217,4 @@ class FakeEngine:
             text, reason = (row.text + text).split(stop)[0][len(row.text) :], FinishReason.STOP
         row.text += text
         logprobs = (token_logprobs(token, params.logprobs),) if params.logprobs is not None else None
-        return replace(first, text=text, token_ids=(token,), logprobs=logprobs, finish_reason=reason, stop_reason=stop)
+        return first._replace(text=text, token_ids=(token,), logprobs=logprobs, finish_reason=reason, stop_reason=stop)
