@@ -7,7 +7,7 @@ bin := $(VENV)/bin
 aot_rows := .cache/aot-rows.jsonl
 pip := $(bin)/python -m pip --disable-pip-version-check
 
-.PHONY: help serve test check format bench bench-startup aot aot-all clean
+.PHONY: help serve test check format bench bench-peers bench-startup aot aot-all clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,10 +27,13 @@ format: $(VENV)/.installed-test ## rewrite the files as `make check` wants them
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 
-bench: $(VENV)/.installed-bench ## tokens/s, TTFT and TPOT against other engines on the default model
-	$(bin)/python -m benchmarks.serve $(ARGS)
+bench: $(VENV)/.installed ## tokens/s, TTFT, TPOT and ITL of the default model at 1, 4 and 16 streams
+	$(bin)/octavo bench serve --result-dir benchmarks/results $(ARGS)
 
-bench-startup: $(VENV)/.installed-bench ## seconds from process start to ready, cold and warm
+bench-peers: $(VENV)/.installed-bench .venv-peers/.installed ## the same next to llama.cpp and OpenVINO GenAI
+	$(bin)/python -m benchmarks.peers $(ARGS)
+
+bench-startup: $(VENV)/.installed ## seconds from process start to ready, cold and warm
 	$(bin)/octavo bench startup --result-dir benchmarks/results $(ARGS)
 
 # In an environment of its own: two gigabytes of compilers that serving on a CPU must not load.
@@ -58,6 +61,12 @@ $(VENV)/.installed: $(sources) | $(bin)/python
 $(VENV)/.installed-%: $(sources) | $(bin)/python
 	$(pip) install --quiet -e ".[$(if $(filter aot,$*),test$(comma)aot,$*)]"
 	@touch $(VENV)/.installed $@
+
+# Engines to compare with, in an environment of their own, as built for PyPI.
+.venv-peers/.installed: | $(bin)/python
+	$(bin)/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --only-binary :all: openvino-genai
+	@touch $@
 
 $(bin)/python: scripts/find-python
 	@if [ ! -x $(bin)/python ]; then \

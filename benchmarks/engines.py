@@ -5,8 +5,8 @@ Every engine runs alone, in processes of its own, on the same weights, with all 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from benchmarks.client import LoadError, Round, Sample, run_round
-from benchmarks.prompts import Prompt
+from benchmarks.client import Endpoint, LoadError, Sample
+from benchmarks.load import Ask, Load, Target, closed_loop
 from engine.config import EngineOptions
 from engine.errors import OctavoError
 from engine.text.tokenizer import Tokenizer
@@ -41,25 +41,23 @@ class Unavailable(OctavoError):
 
 
 class Engine(Protocol):
-    """`run` sends prompts[stream][k]: the streams side by side, each one's prompts in order."""
+    """`run` keeps `concurrency` requests going until all are done; greedy, end tokens ignored."""
 
     @property
     def versions(self) -> Mapping[str, str]: ...
 
-    def run(self, prompts: Sequence[Sequence[Prompt]], num_tokens: int) -> Round: ...
+    def run(self, asks: Sequence[Ask], concurrency: int) -> Load: ...
 
 
 @dataclass(frozen=True)
 class HttpEngine:
-    """A server with OpenAI's completions endpoint on this machine."""
+    """A server with OpenAI's API."""
 
-    port: int
+    target: Target
     versions: Mapping[str, str]
-    extra: Mapping[str, Any]
 
-    def run(self, prompts: Sequence[Sequence[Prompt]], num_tokens: int) -> Round:
-        same = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True} | dict(self.extra)
-        return asyncio.run(run_round(self.port, [[{"prompt": p.text} | same for p in own] for own in prompts]))
+    def run(self, asks: Sequence[Ask], concurrency: int) -> Load:
+        return closed_loop(self.target, asks, concurrency)
 
 
 @contextmanager
@@ -92,16 +90,21 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def get_json(url: str) -> tuple[int, Any]:
+def get_json(url: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
     """(status, body); status 0 while nothing listens."""
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=10) as answer:
             return answer.status, json.loads(answer.read() or b"null")
     except urllib.error.HTTPError as error:
         body = error.read()
         return error.code, json.loads(body) if body.startswith(b"{") else None
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return 0, None
+
+
+def local(port: int, **fields: Any) -> Target:
+    """A server of this machine that understands `ignore_eos`."""
+    return Target(Endpoint("127.0.0.1", port), {"ignore_eos": True, **fields})
 
 
 @contextmanager
@@ -142,7 +145,7 @@ def octavo(options: EngineOptions) -> Iterator[HttpEngine]:
     with octavo_process(options) as (child, port):
         for _ in until_ready(child, port):
             pass
-        yield HttpEngine(port, {}, {})
+        yield HttpEngine(local(port), {})
 
 
 @contextmanager
@@ -154,7 +157,7 @@ def xllamacpp(model: Path, num_streams: int, tokens_per_stream: int) -> Iterator
     with process(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         hello = read_answer(child)
         port = int(hello["address"].rsplit(":", 1)[1])
-        yield HttpEngine(port, {"xllamacpp": hello["version"]}, {"cache_prompt": False})
+        yield HttpEngine(local(port, cache_prompt=False), {"xllamacpp": hello["version"]})
 
 
 def read_answer(child: subprocess.Popen[str]) -> dict[str, Any]:
@@ -165,6 +168,51 @@ def read_answer(child: subprocess.Popen[str]) -> dict[str, Any]:
     raise LoadError(f"{child.args} ended with exit code {child.wait()}")
 
 
+def answered(child: subprocess.Popen[str], work: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of JSON to the child, and its answer."""
+    stdin = cast(IO[str], child.stdin)
+    stdin.write(json.dumps(work) + "\n")
+    stdin.flush()
+    return read_answer(child)
+
+
+@dataclass(frozen=True)
+class OpenVino:
+    """Its continuous batching. No server: no HTTP, tokenization or detokenization is timed."""
+
+    child: subprocess.Popen[str]
+    versions: Mapping[str, str]
+    tokenizer: Tokenizer
+
+    def run(self, asks: Sequence[Ask], concurrency: int) -> Load:
+        """All asks must want equally many tokens."""
+        work = {"prompts": [ask.prompt.token_ids for ask in asks], "concurrency": concurrency}
+        begin_s = time.perf_counter()
+        done = answered(self.child, work | {"max_new_tokens": asks[0].num_output_tokens})["requests"]
+        return Load(tuple(self._sample(begin_s, *one) for one in zip(asks, done, strict=True)), 0.0)
+
+    def _sample(self, begin_s: float, ask: Ask, done: Mapping[str, Any]) -> Sample:
+        times_s = tuple(begin_s + second for second in done["times_s"])
+        text = self.tokenizer.decode(done["tokens"], skip_special_tokens=True)
+        return Sample(begin_s + done["start_s"], times_s, len(ask.prompt.token_ids), len(done["tokens"]), text)
+
+
+@contextmanager
+def openvino(
+    model: Path, num_streams: int, tokenizer: Tokenizer, python: Path | None = None, precision: str | None = None
+) -> Iterator[OpenVino]:
+    """OpenVINO GenAI on a GGUF file under the given Python, else that of .venv-peers. Raises Unavailable."""
+    python = python or ROOT / ".venv-peers" / "bin" / "python"
+    if not python.exists() or subprocess.run([python, "-c", "import openvino_genai"], check=False).returncode:
+        raise Unavailable("no Python with openvino-genai; `make bench-peers` makes one")
+    # -P: the folder of the script is not searched for modules, where others would take our kernels.py.
+    command = [str(python), "-P", str(ROOT / "benchmarks" / "openvino_worker.py"), str(model)]
+    command += ["--threads", str(os.cpu_count()), "--streams", str(num_streams)]
+    command += ["--precision", precision] if precision else []
+    with process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        yield OpenVino(child, read_answer(child)["versions"], tokenizer)
+
+
 @dataclass(frozen=True)
 class Transformers:
     """`generate` on one static batch. No server: no HTTP, tokenization or detokenization is timed."""
@@ -173,20 +221,19 @@ class Transformers:
     versions: Mapping[str, str]
     tokenizer: Tokenizer
 
-    def run(self, prompts: Sequence[Sequence[Prompt]], num_tokens: int) -> Round:
-        samples: list[list[Sample]] = [[] for _ in prompts]
-        for batch in zip(*prompts, strict=True):
-            work = {"prompts": [p.token_ids for p in batch], "max_new_tokens": num_tokens}
-            stdin = cast(IO[str], self.child.stdin)
+    def run(self, asks: Sequence[Ask], concurrency: int) -> Load:
+        """Batch after batch: those of one share their times."""
+        samples: list[Sample] = []
+        for batch in itertools.batched(asks, concurrency):
+            num_tokens = batch[0].num_output_tokens
+            work = {"prompts": [ask.prompt.token_ids for ask in batch], "max_new_tokens": num_tokens}
             start_s = time.perf_counter()
-            stdin.write(json.dumps(work) + "\n")
-            stdin.flush()
-            done = read_answer(self.child)
-            first_s, end_s = start_s + done["first_s"], start_s + done["end_s"]
-            for own, prompt, tokens in zip(samples, batch, done["tokens"], strict=True):
+            done = answered(self.child, work)
+            times_s = (start_s + done["first_s"], start_s + done["end_s"])
+            for ask, tokens in zip(batch, done["tokens"], strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                own.append(Sample(start_s, first_s, end_s, len(prompt.token_ids), len(tokens), text))
-        return Round(tuple(sample for own in samples for sample in own))
+                samples.append(Sample(start_s, times_s, len(ask.prompt.token_ids), len(tokens), text))
+        return Load(tuple(samples), 0.0)
 
 
 @contextmanager

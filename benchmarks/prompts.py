@@ -10,6 +10,9 @@ import random
 from dataclasses import dataclass
 from pydoc_data import topics
 
+import numpy as np
+
+from engine.errors import InvalidParam
 from engine.text.tokenizer import Tokenizer
 
 
@@ -19,26 +22,68 @@ class Prompt:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Lengths in tokens, log-normal around a median and cut to a range: most are short, some are long."""
+
+    input_median: int
+    input_sigma: float
+    input_range: tuple[int, int]
+    output_median: int
+    output_sigma: float
+    output_range: tuple[int, int]
+
+
+# Made up after what such uses look like, not measured on anyone's traffic.
+MIXES = {
+    "chat": Mix(120, 0.9, (16, 1024), 160, 0.7, (16, 512)),
+    "summary": Mix(900, 0.4, (256, 1536), 80, 0.4, (32, 192)),
+    "code": Mix(400, 0.8, (64, 1024), 48, 0.9, (8, 256)),
+}
+
+
+def mixed_lengths(mix: Mix, count: int, seed: int) -> list[tuple[int, int]]:
+    """(input, output) tokens of `count` requests."""
+    rng = np.random.default_rng(seed)
+
+    def draw(median: int, sigma: float, limits: tuple[int, int]) -> list[int]:
+        return np.clip(rng.lognormal(np.log(median), sigma, count).round(), *limits).astype(int).tolist()
+
+    inputs = draw(mix.input_median, mix.input_sigma, mix.input_range)
+    return list(zip(inputs, draw(mix.output_median, mix.output_sigma, mix.output_range), strict=True))
+
+
 def make_prompts(tokenizer: Tokenizer, num_tokens: int, count: int, seed: int) -> list[Prompt]:
-    """`count` prompts cut from disjoint places, so that no two share a prefix that a cache could use.
+    """`count` prompts of one length, see `Cutter`."""
+    cutter = Cutter(tokenizer, seed)
+    return [cutter.cut(num_tokens) for _ in range(count)]
+
+
+class Cutter:
+    """Cuts prompts from random places, so that no two begin alike and no prefix cache could help.
 
     A place is kept only when its text encodes to the very ids it was cut from, so that every
-    engine sees `num_tokens` tokens. Raises ValueError when the text is too short for `count`.
+    engine sees that number of tokens.
     """
-    corpus = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    ids = tokenizer.encode(corpus, add_special_tokens=False, parse_special=False)
-    starts = list(range(0, len(ids) - num_tokens, num_tokens))
-    random.Random(seed).shuffle(starts)
-    found: list[Prompt] = []
-    first_words: set[tuple[int, ...]] = set()
-    for start in starts:
-        piece = ids[start : start + num_tokens]
-        text = tokenizer.decode(piece, skip_special_tokens=False)
-        head = tuple(piece[:4])
-        if head in first_words or tokenizer.encode(text, add_special_tokens=False, parse_special=False) != piece:
-            continue
-        first_words.add(head)
-        found.append(Prompt(text, tuple(piece)))
-        if len(found) == count:
-            return found
-    raise ValueError(f"the text holds {len(found)} prompts of {num_tokens} tokens, {count} are needed")
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        corpus = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+        self._tokenizer = tokenizer
+        self._ids = tokenizer.encode(corpus, add_special_tokens=False, parse_special=False)
+        self._starts = list(range(len(self._ids)))
+        random.Random(seed).shuffle(self._starts)
+        self._heads: set[tuple[int, ...]] = set()
+
+    def cut(self, num_tokens: int) -> Prompt:
+        """The next prompt. Raises InvalidParam when the text has no place left."""
+        while self._starts:
+            start = self._starts.pop()
+            head = tuple(self._ids[start : start + min(4, num_tokens)])
+            if start + num_tokens > len(self._ids) or head in self._heads:
+                continue
+            piece = self._ids[start : start + num_tokens]
+            text = self._tokenizer.decode(piece, skip_special_tokens=False)
+            if self._tokenizer.encode(text, add_special_tokens=False, parse_special=False) == piece:
+                self._heads.add(head)
+                return Prompt(text, tuple(piece))
+        raise InvalidParam("num_prompts", f"the text has no place left for another prompt of {num_tokens} tokens")

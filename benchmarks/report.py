@@ -58,6 +58,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def rounded(value: Any) -> Any:
+    """Floats anywhere in it to four digits behind the point."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def finish(name: str, backend: str, result: dict[str, Any], folder: Path | None = RESULTS) -> None:
     """Writes <date>-<backend>-<name>.json to the folder, when there is one, and prints the same as the last line."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -33,7 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import engines
-from benchmarks.client import Round
+from benchmarks.figures import output_tokens_per_s
+from benchmarks.load import Ask, whole
 from benchmarks.perplexity import Scorer
 from benchmarks.prompts import Prompt, make_prompts
 from benchmarks.report import finish, table, versions
@@ -99,7 +100,7 @@ def speeds(model: Path, num_rounds: int) -> dict[str, dict[str, float]]:
     """Output tokens a second: engine -> streams -> the median of the rounds; a first round does not count."""
     count = sum(STREAMS) * (num_rounds + 1)
     prompts = iter(make_prompts(load_tokenizer(model), SPEED_TOKENS, count, seed=2))
-    found: dict[str, dict[str, list[Round]]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         every: dict[str, engines.Engine] = {
             "octavo": stack.enter_context(engines.octavo(EngineOptions(model=str(model)))),
@@ -108,12 +109,12 @@ def speeds(model: Path, num_rounds: int) -> dict[str, dict[str, float]]:
         }
         for streams in STREAMS:
             for _ in range(num_rounds + 1):
-                batch = [[next(prompts)] for _ in range(streams)]
+                batch = [Ask(next(prompts), SPEED_TOKENS) for _ in range(streams)]
                 for name, engine in every.items():
                     rounds = found.setdefault(name, {}).setdefault(str(streams), [])
-                    rounds.append(engine.run(batch, SPEED_TOKENS))
+                    rounds.append(output_tokens_per_s(whole(engine.run(batch, streams)).samples))
     return {
-        name: {streams: round(statistics.median(r.output_tokens_per_s for r in rounds[1:]), 1)
+        name: {streams: round(statistics.median(rounds[1:]), 1)
                for streams, rounds in by.items()}
         for name, by in found.items()
     }  # fmt: skip

@@ -1,196 +1,248 @@
-"""Serving speed on the default model, next to llama.cpp and transformers in the same run.
+"""`octavo bench serve`: load on one server or several side by side, see docs/bench.md.
 
-    make bench                     # or: python -m benchmarks.serve --help
-
-Measures what a client of `octavo serve` feels at 1, 4 and 16 concurrent streams: output tokens
-per second of all streams together, time to first token (TTFT) and time per token after it
-(TPOT). Every request has 128 prompt tokens of real text and 128 output tokens (greedy, end
-tokens ignored), arrives over HTTP and is streamed. All streams of a round start at once, and
-each sends its requests one after the other.
-
-Prompts differ from their first tokens on, within a run and between rounds, so no prefix cache
-helps anyone. Every engine gets the same prompts, all cores, and the same weights: the default
-model's quantized tensors, expanded and rounded to bfloat16 once. llama.cpp is also measured on
-the quantized file itself ("q4_1"), which reads a fifth of the bytes. transformers has no server
-here: it runs one static batch, in process, which is its best case.
-
-The counts of prompt and output tokens are checked for every request, and the greedy texts of
-the engines are compared (`text_agreement`: characters that agree before the first difference,
-a share of the text; engines differ in the order of bfloat16 sums, so it is not 1).
-
-Writes benchmarks/results/<date>-<backend>-serve.json; the last line on stdout is the same JSON.
+All servers get the same prompts and, setting by setting, take turns. Every answer's tokens are counted by the
+server's `usage` and compared with what was asked; some requests are sent again alone and must say the same.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from benchmarks import engines, report
-from benchmarks.client import LoadError, Round, figures
-from benchmarks.prompts import Prompt, make_prompts
-from benchmarks.weights import write_bf16_gguf, write_hf_folder
-from engine.config import DEFAULT_MODEL, EngineOptions, cache_root
+from benchmarks.client import Endpoint, LoadError, endpoint
+from benchmarks.figures import Slo, figures, parse_slo
+from benchmarks.load import Ask, Load, Target, arrival_times, closed_loop, open_loop
+from benchmarks.prompts import MIXES, Cutter, mixed_lengths
+from benchmarks.serve_page import page
+from benchmarks.sweep import best, sweep
+from engine.config import EngineOptions, cache_root
+from engine.errors import InvalidParam
 from engine.registry import resolve_model
 from engine.text import Tokenizer, load_tokenizer
+from server.commands.bench import BenchServeOptions
 
-MIN_AGREEMENT = 0.1  # below this the texts have nothing to do with each other
+LEVELS = (1, 4, 16)
+BUSY_CLIENT = 0.8  # of a core; above it the client may be what is measured
+MIN_AGREEMENT = 0.1  # below this a repeated request's text has nothing to do with the first one
+Rows = dict[str, list[dict[str, Any]]]  # name of the server -> its settings
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is sent: `prompts[level][round][stream][k]`; round 0 warms up and is not counted."""
+class Setting:
+    """One load: so many requests at once, or so many arriving in a second."""
 
-    levels: tuple[int, ...]
-    prompts: dict[int, list[list[list[Prompt]]]]
-    num_tokens: int
+    concurrency: int | None = None
+    rate: float | None = None
+
+    def num_prompts(self, options: BenchServeOptions) -> int:
+        if options.num_prompts is not None:
+            return options.num_prompts
+        return max(8, 4 * self.concurrency) if self.concurrency else max(20, round(20 * (self.rate or 0)))
 
 
-def make_plan(tokenizer: Tokenizer, args: argparse.Namespace) -> Plan:
-    rounds = args.rounds + 1
-    count = sum(level * args.requests * rounds for level in args.streams)
-    found = iter(make_prompts(tokenizer, args.prompt_tokens, count, args.seed))
-    prompts = {
-        level: [[[next(found) for _ in range(args.requests)] for _ in range(level)] for _ in range(rounds)]
-        for level in args.streams
+class Asker:
+    """Hands out requests; equal seeds, equal requests."""
+
+    def __init__(self, tokenizer: Tokenizer, options: BenchServeOptions) -> None:
+        self._cutter = Cutter(tokenizer, options.seed)
+        self._options = options
+        self._calls = 0
+
+    def __call__(self, count: int) -> list[Ask]:
+        lengths = [(self._options.input_len, self._options.output_len)] * count
+        if self._options.mix is not None:
+            self._calls += 1
+            lengths = mixed_lengths(MIXES[self._options.mix], count, self._options.seed + self._calls)
+        return [Ask(self._cutter.cut(prompt), output) for prompt, output in lengths]
+
+
+@contextmanager
+def targets(engine_options: EngineOptions, options: BenchServeOptions) -> Iterator[dict[str, Target]]:
+    """The servers by name; ours, where no URL is given, is started for the run."""
+    with ExitStack() as stack:
+        urls = {"server": options.url}
+        if options.url is not None:
+            refuse_engine_options(engine_options)
+        else:
+            engine = stack.enter_context(engines.octavo(engine_options))
+            urls = {"octavo": engine.target.endpoint.base_url}
+        for text in options.peer:
+            name, _, url = text.partition("=")
+            if name in urls:
+                raise InvalidParam("peer", f"{name!r} names two servers")
+            urls[name] = url
+        yield {name: target_of(str(url), options) for name, url in urls.items()}
+
+
+def refuse_engine_options(given: EngineOptions) -> None:
+    """A server that runs already has its own. Raises InvalidParam; what cuts the prompts stays."""
+    for field in fields(given):
+        asked = field.name not in ("model", "tokenizer", "revision", "cache_dir", "seed")
+        if asked and getattr(given, field.name) != field.default:
+            raise InvalidParam(field.name, "is for a server that is started for the run; with --url it means nothing")
+
+
+def target_of(url: str, options: BenchServeOptions) -> Target:
+    """With the name of the model that the server has. Raises LoadError when it does not answer."""
+    headers = [(name, value) for name, _, value in (text.partition("=") for text in options.header)]
+    to = endpoint(url, options.endpoint, headers)
+    status, body = engines.get_json(f"{to.base_url}/v1/models", dict(headers))
+    if status != 200 or not body or not body.get("data"):
+        raise LoadError(f"{to.base_url}/v1/models answers {status or 'nothing'}")
+    return Target(to, {"model": body["data"][0]["id"]} | ({"ignore_eos": True} if options.ignore_eos else {}))
+
+
+def version_of(to: Endpoint) -> str | None:
+    """What a server of vLLM's kind says of itself."""
+    status, body = engines.get_json(f"{to.base_url}/version", dict(to.headers))
+    return body.get("version") if status == 200 and isinstance(body, dict) else None
+
+
+def measure(
+    target: Target, setting: Setting, ask: Asker, options: BenchServeOptions, slo: Slo | None
+) -> dict[str, Any]:
+    """Warms up, loads and checks one server at one setting."""
+    warmups = options.num_warmups if options.num_warmups is not None else setting.concurrency or 4
+    if warmups:
+        closed_loop(target, ask(warmups), warmups, options.request_timeout_s)
+    asks = ask(setting.num_prompts(options))
+    if setting.concurrency:
+        load = closed_loop(target, asks, setting.concurrency, options.request_timeout_s)
+        row: dict[str, Any] = {"concurrency": setting.concurrency}
+    else:
+        rate = setting.rate or 0.0
+        arrivals_s = arrival_times(rate, options.burstiness, len(asks), options.seed)
+        load = open_loop(target, asks, arrivals_s, options.request_timeout_s)
+        row = {"rate": rate, "send_lag_ms": 1e3 * load.send_lag_s}
+    row["client_cpu_share"] = load.client_cpu_share
+    return row | figures(load.samples, slo) | {"repeated": repeated(target, asks, load, options)}
+
+
+def repeated(target: Target, asks: list[Ask], load: Load, options: BenchServeOptions) -> dict[str, Any]:
+    """Some of the load's requests again, one at a time: how many texts are equal, and how far they agree.
+    In bfloat16 the batch that a token is computed in may change its rounding, so not all need be equal."""
+    done = [i for i, sample in enumerate(load.samples) if sample.error is None]
+    chosen = done[:: max(1, len(done) // max(1, options.num_checks))][: options.num_checks]
+    if not chosen:
+        return {"requests": 0}
+    again = closed_loop(target, [asks[i] for i in chosen], 1, options.request_timeout_s).samples
+    pairs = [(load.samples[i].text, sample.text) for i, sample in zip(chosen, again, strict=True)]
+    shares = [agreement(*pair) for pair in pairs]
+    return {"requests": len(pairs), "equal": sum(a == b for a, b in pairs), "agreement": sum(shares) / len(shares)}
+
+
+def agreement(text: str, other: str) -> float:
+    """The share of a text that another one begins with too."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))
+    return sum(1 for _ in same) / max(1, len(text))
+
+
+def settings(options: BenchServeOptions) -> list[Setting]:
+    if options.request_rate is not None:
+        return [Setting(rate=options.request_rate)]
+    return [Setting(concurrency=level) for level in options.max_concurrency or LEVELS]
+
+
+def measured(found: Mapping[str, Target], tokenizer: Tokenizer, options: BenchServeOptions) -> Rows:
+    """Every server at every setting; in a sweep each finds its own rates."""
+    slo = None if options.slo is None else parse_slo(options.slo)
+    askers = {name: Asker(tokenizer, options) for name in found}
+
+    def one(name: str, setting: Setting) -> dict[str, Any]:
+        row = measure(found[name], setting, askers[name], options, slo)
+        tell(name, row)
+        return row
+
+    if not options.sweep:
+        loads = settings(options)
+        by_load = [{name: one(name, load) for name in found} for load in loads]
+        return {name: [rows[name] for rows in by_load] for name in found}
+    start = options.request_rate or 1.0
+    return {
+        name: sweep(lambda rate, name=name: one(name, Setting(rate=rate)), start, options.attainment) for name in found
     }
-    return Plan(tuple(args.streams), prompts, args.output_tokens)
 
 
-def measure(name: str, engine: engines.Engine, plan: Plan) -> dict[int, list[Round]]:
-    """The counted rounds of each level. Raises LoadError when a request has the wrong token counts."""
-    found: dict[int, list[Round]] = {}
-    for level in plan.levels:
-        rounds = []
-        for number, prompts in enumerate(plan.prompts[level]):
-            done = engine.run(prompts, plan.num_tokens)
-            check_counts(name, done, prompts, plan.num_tokens)
-            if number:
-                rounds.append(done)
-        found[level] = rounds
-        print(f"{name}: {level} streams: {figures(rounds)['output_tokens_per_s']} tok/s", file=sys.stderr)
+def tell(name: str, row: Mapping[str, Any]) -> None:
+    """Progress, and what a reader must know before believing the figures."""
+    at = f"{name}, {label(row)}"
+    print(f"{at}: {row['output_tokens_per_s']:.1f} tok/s", file=sys.stderr)
+    for kind, count in row["errors"].items():
+        example = row["error_examples"].get(kind, "")
+        print(f"{at}: {count} of {row['requests']} requests failed: {kind} {example}", file=sys.stderr)
+    if row["client_cpu_share"] > BUSY_CLIENT:
+        share = f"{row['client_cpu_share']:.0%}"
+        print(f"{at}: the client took {share} of a core and may be the bottleneck", file=sys.stderr)
+
+
+def label(row: Mapping[str, Any]) -> str:
+    return f"{row['concurrency']} at once" if "concurrency" in row else f"{row['rate']:.3g} req/s"
+
+
+HEADER = (
+    "server",
+    "load",
+    "tok/s",
+    "TTFT ms p50",
+    "p99",
+    "TPOT p50",
+    "ITL p99",
+    "E2EL p50",
+    "good",
+    "failed",
+    "client",
+)
+COLUMNS = ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "itl_ms_p99", "e2el_ms_p50")
+
+
+def lines(rows: Rows) -> list[list[str]]:
+    """The table's cells, in the order of HEADER."""
+    return [
+        [name, label(row), f"{row['output_tokens_per_s']:.1f}",
+         *(f"{row[key]:.1f}" if key in row else "-" for key in COLUMNS),
+         f"{row['good_share']:.0%}" if "good_share" in row else "-",
+         str(sum(row["errors"].values())), f"{row['client_cpu_share']:.0%}"]
+        for name, own in rows.items() for row in own
+    ]  # fmt: skip
+
+
+def outcome(rows: Rows, options: BenchServeOptions) -> dict[str, Any]:
+    """What a sweep found, and whether texts are what they were when sent again."""
+    shares = {
+        name: [r["repeated"]["agreement"] for r in own if r["repeated"]["requests"]] for name, own in rows.items()
+    }
+    completed = all(any(row["completed"] for row in own) for own in rows.values())
+    same = all(sum(own) / len(own) >= MIN_AGREEMENT for own in shares.values() if own)
+    found: dict[str, Any] = {"ok": completed and same}
+    if options.sweep:
+        keys = ("rate", "goodput_requests_per_s", "goodput_tokens_per_s", "good_share")
+        found["best"] = {name: {key: best(own)[key] for key in keys} for name, own in rows.items()}
     return found
 
 
-def check_counts(name: str, done: Round, prompts: Sequence[Sequence[Prompt]], num_tokens: int) -> None:
-    wanted = {len(p.token_ids) for own in prompts for p in own}
-    for sample in done.samples:
-        if sample.num_prompt_tokens not in wanted or sample.num_output_tokens != num_tokens:
-            raise LoadError(
-                f"{name}: a request had {sample.num_prompt_tokens} prompt and {sample.num_output_tokens} output "
-                f"tokens, not {wanted} and {num_tokens}"
-            )
-        if not sample.text.strip():
-            raise LoadError(f"{name}: an answer has no text")
-
-
-def agreement(ours: dict[int, list[Round]], theirs: dict[int, list[Round]]) -> float:
-    """Mean share of our text that agrees with theirs before the first difference."""
-    shares = []
-    for level, rounds in ours.items():
-        for mine, other in zip(rounds, theirs[level], strict=True):
-            for a, b in zip(mine.samples, other.samples, strict=True):
-                same = takewhile(lambda pair: pair[0] == pair[1], zip(a.text, b.text, strict=False))
-                shares.append(sum(1 for _ in same) / max(1, len(a.text)))
-    return round(sum(shares) / len(shares), 3)
-
-
-def peers(args: argparse.Namespace, source: Path, folder: Path, tokenizer: Tokenizer) -> dict[str, Callable[[], Any]]:
-    """name -> function that starts the engine; it raises Unavailable when that cannot be had."""
-    per_stream = 2 * (args.prompt_tokens + args.output_tokens)
-
-    def llamacpp(path: Path) -> Callable[[], AbstractContextManager[engines.Engine]]:
-        return lambda: engines.xllamacpp(path, max(args.streams), per_stream)
-
-    def bf16() -> AbstractContextManager[engines.Engine]:
-        target = folder / "bf16.gguf"
-        write_bf16_gguf(source, target)
-        return engines.xllamacpp(target, max(args.streams), per_stream)
-
-    def transformers() -> AbstractContextManager[engines.Engine]:
-        python = engines.transformers_python(args.transformers_python)
-        write_hf_folder(source, folder / "hf")
-        return engines.transformers(python, folder / "hf", tokenizer)
-
-    every = {"llama.cpp bf16": bf16, "llama.cpp q4_1": llamacpp(source), "transformers bf16": transformers}
-    return {name: start for name, start in every.items() if any(word in name for word in args.peers)}
-
-
-def run(args: argparse.Namespace) -> int:
-    source = resolve_model(DEFAULT_MODEL, cache_root())
-    tokenizer = load_tokenizer(source)
-    plan = make_plan(tokenizer, args)
-    versions = report.versions("octavo", "jax", "jaxlib", "libtpu")
-    rounds: dict[str, dict[int, list[Round]]] = {}
-    missing: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        every: dict[str, Callable[[], Any]] = {"octavo bf16": lambda: engines.octavo(EngineOptions(dtype="bfloat16"))}
-        every |= peers(args, source, Path(temporary), tokenizer)
-        for name, start in every.items():
-            try:
-                with start() as engine:
-                    rounds[name] = measure(name, engine, plan)
-                    versions |= engine.versions
-            except engines.Unavailable as error:
-                missing[name] = str(error)
-                print(f"{name}: not measured: {error}", file=sys.stderr)
-    return conclude(args, rounds, missing, versions)
-
-
-def conclude(
-    args: argparse.Namespace,
-    rounds: dict[str, dict[int, list[Round]]],
-    missing: dict[str, str],
-    versions: dict[str, str],
-) -> int:
-    """Prints the table, writes the result; exit code 1 when our texts agree with nobody's."""
-    results = {name: {level: figures(r) for level, r in by.items()} for name, by in rounds.items()}
-    ours = results["octavo bf16"]
-    rows = []
-    for level in args.streams:
-        for name, by in results.items():
-            f = by[level]
-            ratio = f"{ours[level]['output_tokens_per_s'] / f['output_tokens_per_s']:.2f}"
-            times = [f[key] for key in ("ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95")]
-            rows.append([name, level, f["output_tokens_per_s"], ratio, *times])
-    header = ("engine", "streams", "tok/s", "octavo/it", "TTFT ms p50", "p95", "TPOT ms p50", "p95")
-    print(report.table(header, rows))
-    agree = {name: agreement(rounds["octavo bf16"], by) for name, by in rounds.items() if name != "octavo bf16"}
-    same_weights = [share for name, share in agree.items() if "bf16" in name]
-    good = not same_weights or max(same_weights) >= MIN_AGREEMENT
-    if not good:
-        print(f"the texts agree with no other engine's: {agree}", file=sys.stderr)
-    shape = {
-        "model": DEFAULT_MODEL, "prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens,
-        "rounds": args.rounds, "requests_per_stream": args.requests, "versions": versions,
-    }  # fmt: skip
-    outcome = {"engines": results, "not_measured": missing, "text_agreement": agree, "texts_ok": good}
-    report.finish("serve", args.backend, shape | outcome)
-    return 0 if good else 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds a level; the median is reported")
-    parser.add_argument("--requests", type=int, default=2, help="requests that each stream sends in a round")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="chooses the prompts")
-    parser.add_argument("--backend", default="cpu", help="what octavo runs on; names the result file")
-    parser.add_argument(
-        "--peers", nargs="*", default=["llama.cpp", "transformers"], help="words of names; none skips all"
+def run(engine_options: EngineOptions, options: BenchServeOptions) -> int:
+    """Measures, prints the table and the result; 1 when a server completed nothing or contradicts itself."""
+    model = resolve_model(engine_options.model, cache_root(engine_options.cache_dir), engine_options.revision)
+    tokenizer = load_tokenizer(Path(engine_options.tokenizer) if engine_options.tokenizer else model)
+    with targets(engine_options, options) as found:
+        versions = {name: version for name, to in found.items() if (version := version_of(to.endpoint))}
+        rows = report.rounded(measured(found, tokenizer, options))
+    print(report.table(HEADER, lines(rows)))
+    lengths = (
+        {"mix": options.mix} if options.mix else {"input_len": options.input_len, "output_len": options.output_len}
     )
-    parser.add_argument("--transformers-python", type=Path, help="a Python that has torch and transformers")
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    result = {
+        "model": engine_options.model, "endpoint": options.endpoint, **lengths, "burstiness": options.burstiness,
+        "slo": options.slo, "seed": options.seed, "versions": report.versions("octavo", "jax", "jaxlib"),
+        "server_versions": versions, "servers": rows, **outcome(rows, options),
+    }  # fmt: skip
+    if options.html is not None:
+        Path(options.html).write_text(page(result, HEADER, lines(rows)))
+    report.finish("serve", options.backend, result, None if options.result_dir is None else Path(options.result_dir))
+    return 0 if result["ok"] else 1

@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import engines, report
-from benchmarks.client import LoadError, complete
+from benchmarks.client import Endpoint, LoadError, complete
 from engine.config import DEFAULT_MODEL, EngineOptions, cache_root
 from engine.registry import resolve_model
 
-ANSWER = " Paris"  # of the default model to the first request
+REQUEST = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+ANSWER = " Paris"  # of the default model
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def start_once(options: EngineOptions, answer: str | None) -> Start:
             if phase == "load weights":
                 loading = _peak_rss_mib(child.pid)
         peak = _peak_rss_mib(child.pid)
-        found = asyncio.run(complete(port, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}))
+        found = asyncio.run(complete(Endpoint("127.0.0.1", port), REQUEST))
         if answer is not None and found.text != answer:
             raise LoadError(f"the first answer is {found.text!r}, not {answer!r}")
     phases = {name: round(end - begin, 2) for (name, begin), (_, end) in itertools.pairwise(seen)}

@@ -1,4 +1,4 @@
-"""The default model's weights as other engines read them: a bfloat16 GGUF and a Hugging Face folder.
+"""The default model's weights as other engines read them: GGUF files of other types and a Hugging Face folder.
 
 Every engine then computes with the same numbers: each quantized tensor is expanded once, to
 float32, and rounded once, to bfloat16. Norm weights stay float32 in the GGUF, as llama.cpp wants them.
@@ -38,8 +38,17 @@ def dequantized(tensor: Any) -> np.ndarray:
     return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
 
 
-def write_bf16_gguf(source: Path, target: Path) -> None:
-    """Copies `source` with every matrix as bfloat16. Writes beside the target first, then renames."""
+FILE_TYPES = {
+    "bf16": (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
+    "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+    "f32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
+}
+
+
+def write_gguf(source: Path, target: Path, kind: str) -> None:
+    """Copies `source` with every matrix as one of FILE_TYPES. Writes beside the target first, then renames."""
+    file_type, tensor_type = FILE_TYPES[kind]
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     part = target.with_suffix(".part")
@@ -47,16 +56,17 @@ def write_bf16_gguf(source: Path, target: Path) -> None:
     for name, entry in reader.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
-        kind, *inner = entry.types
-        writer.add_key_value(name, entry.contents(), kind, inner[0] if inner else None)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+        value_type, *inner = entry.types
+        writer.add_key_value(name, entry.contents(), value_type, inner[0] if inner else None)
+    writer.add_file_type(file_type)
     for tensor in reader.tensors:
         values = dequantized(tensor)
         if values.ndim == 1:
             writer.add_tensor(tensor.name, values)
         else:
-            raw = gguf.quantize(values, gguf.GGMLQuantizationType.BF16)
-            writer.add_tensor(tensor.name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            if kind != "bf16":  # all start from the same rounded numbers
+                values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+            writer.add_tensor(tensor.name, gguf.quantize(values, tensor_type), raw_dtype=tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

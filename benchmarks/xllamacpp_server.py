@@ -1,6 +1,6 @@
 """llama.cpp's own HTTP server, in a process of its own, until standard input closes.
 
-Prints one line of JSON with its address when it answers. Run by `benchmarks.serve`.
+Prints one line of JSON with its address when it answers. Run by `benchmarks.peers`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,12 @@ ALIASES = {
     "page_size": ("--block-size",),
     "input": ("-i", "--input-file"),
     "output": ("-o", "--output-file"),
+    "url": ("--base-url",),
+    "slo": ("--goodput",),
+    "max_concurrency": ("--concurrency",),
+    "request_rate": ("--rate",),
+    "input_len": ("--input-tokens",),
+    "output_len": ("--output-tokens",),
 }
 
 
@@ -102,9 +108,11 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option], def
         words["help"] = (option.help + shown).replace("%", "%%")
         if option.kind == "switch":
             words["action"] = argparse.BooleanOptionalAction
-        elif option.kind in ("texts", "integers"):
-            words |= {"action": "append", "type": str if option.kind == "texts" else int}
+        elif option.kind == "texts":
+            words |= {"action": "append", "type": str}
             words["help"] += "; may be given several times"
+        elif option.kind == "integers":
+            words |= {"action": "extend", "type": integers}
         else:
             words["type"] = {"integer": int, "number": float, "mapping": json_object}.get(option.kind, str)
         if option.choices:
@@ -114,6 +122,11 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option], def
                 option.kind, "TEXT"
             )
         parser.add_argument(*option.flags, **words)
+
+
+def integers(text: str) -> list[int]:
+    """A flag's value written as 1,4,16."""
+    return [int(part) for part in text.split(",")]
 
 
 def json_object(text: str) -> dict[Any, Any]:

@@ -28,7 +28,10 @@ MAY_IMPORT = {
     "sharding": (),
     "configs": (),
     "benchmarks": ("server", "engine", "pallas_kernels", "sharding", "configs"),
-    **{f"server.commands.bench_{name}": ("server", "engine", "configs", "benchmarks") for name in ("startup",)},
+    **{
+        f"server.commands.bench_{name}": ("server", "engine", "configs", "benchmarks")
+        for name in ("serve", "startup", "steps")
+    },
 }
 # Host bookkeeping: tested in milliseconds, on a machine without JAX.
 NO_JAX = {

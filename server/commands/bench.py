@@ -5,13 +5,15 @@ Imported to print help, so it stays light: what measures is in the modules that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.config import EngineOptions, option
 from engine.errors import InvalidParam
 from server.commands.command import Command
 
-HELP = "measure: start-up"
+HELP = "measure serving, offline batches and start-up"
 
 
 def at_least(options: object, **bounds: float) -> None:
@@ -20,6 +22,63 @@ def at_least(options: object, **bounds: float) -> None:
         value = getattr(options, name)
         if value is not None and not value >= low:
             raise InvalidParam(name, f"must be at least {low}, got {value}")
+
+
+def above_zero(options: object, *names: str) -> None:
+    """Raises InvalidParam for the first of these fields that is set and not a finite positive number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InvalidParam(name, f"must be a positive number, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchServeOptions:
+    """Names are those of `vllm bench serve` where it has one."""
+
+    url: str | None = option(None, "base URL of a server that runs already (default: the model is served for the run)")
+    peer: tuple[str, ...] = option((), "another server to put under the same load, as NAME=URL")
+    endpoint: Literal["/v1/completions", "/v1/chat/completions"] = option("/v1/completions", "what is asked")
+    header: tuple[str, ...] = option((), "header of every request, as NAME=VALUE")
+    max_concurrency: tuple[int, ...] = option(
+        (), "closed loop: requests that run at once, as 1,4,16 (default: that, where no rate is given)"
+    )
+    request_rate: float | None = option(None, "open loop: requests that arrive in a second")
+    burstiness: float = option(1.0, "shape of the gaps between arrivals: 1 is Poisson, below in bursts, above evenly")
+    sweep: bool = option(False, "find the request rate with the best goodput; needs --slo")
+    attainment: float = option(0.9, "share of good requests at which a rate of --sweep holds")
+    slo: str | None = option(None, "what makes a request good: ttft_ms=500,tpot_ms=50,e2el_ms=9000, or some of these")
+    input_len: int = option(128, "prompt tokens of every request")
+    output_len: int = option(128, "output tokens of every request")
+    mix: Literal["chat", "summary", "code"] | None = option(None, "lengths that vary as in such a use, for those two")
+    num_prompts: int | None = option(
+        None, "requests a load (default: 4 of each stream, at least 8; with a rate, those of 20 s, at least 20)"
+    )
+    num_warmups: int | None = option(None, "requests sent before each load (default: its concurrency; 4 with a rate)")
+    num_checks: int = option(2, "requests of each load sent again, alone, to compare their text")
+    ignore_eos: bool = option(True, "ask for exactly so many output tokens; servers other than vLLM's kind refuse it")
+    request_timeout_s: float = option(600.0, "after which a request counts as failed")
+    seed: int = option(0, "chooses prompts, lengths and arrivals")
+    html: str | None = option(None, "file to write a page with charts to")
+    backend: str = option("cpu", "what the server runs on; names the result")
+    result_dir: str | None = option(None, "folder to write the result to, as <date>-<backend>-serve.json")
+
+    def __post_init__(self) -> None:
+        at_least(self, input_len=1, output_len=1, num_prompts=1, num_warmups=0, num_checks=0)
+        above_zero(self, "request_rate", "burstiness", "request_timeout_s", "attainment")
+        if self.attainment > 1:
+            raise InvalidParam("attainment", f"must be at most 1, got {self.attainment}")
+        if any(value < 1 for value in self.max_concurrency):
+            raise InvalidParam("max_concurrency", "must be positive numbers")
+        if self.max_concurrency and (self.request_rate is not None or self.sweep):
+            raise InvalidParam("max_concurrency", "is for a closed loop; --request-rate and --sweep are an open one")
+        if self.burstiness != 1 and self.request_rate is None and not self.sweep:
+            raise InvalidParam("burstiness", "is for an open loop; give --request-rate or --sweep")
+        if self.sweep and self.slo is None:
+            raise InvalidParam("sweep", "needs --slo, which says what a good request is")
+        for name in ("peer", "header"):
+            if wrong := [text for text in getattr(self, name) if not text.partition("=")[2]]:
+                raise InvalidParam(name, f"{wrong[0]!r} is not NAME={'URL' if name == 'peer' else 'VALUE'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +92,13 @@ class BenchStartupOptions:
 
 
 COMMANDS = (
+    Command(
+        name="bench serve",
+        help="load on a server: throughput, latencies by percentile, goodput, the best rate",
+        run="server.commands.bench_serve:run",
+        options=(EngineOptions, BenchServeOptions),
+        positional=("model",),
+    ),
     Command(
         name="bench startup",
         help="seconds from process start to ready, cold and warm, by phase, and memory",
