@@ -15,9 +15,10 @@ import numpy as np
 
 from engine.batch import StepKey, lattice, step_layout
 from engine.config import EngineConfig, EngineOptions
+from engine.executables import NoProgramCache, compile_all
 from engine.loop import Engine
 from engine.model.config import LayerSpec, ModelConfig
-from engine.programs import step_program
+from engine.programs import empty_programs, step_program
 from engine.resolve import DeviceFacts, resolve
 from engine.runner import Runner
 from engine.stats import Counters
@@ -103,5 +104,6 @@ def fake_engine(
     config = replace(config, num_pages=num_pages or config.max_num_seqs * config.max_pages_per_seq + 1)
     counters = Counters()
     executables: dict[str, Any] = {key.name: FakeExecutable(device, config, key) for key in lattice(config)}
+    executables |= compile_all(empty_programs(MODEL, config), NoProgramCache(), lambda phase, done, of: None)
     runner = Runner(MODEL, config, {}, executables, counters)
     return Engine(config, runner, vocab_size=MODEL.vocab_size, tokenizer=tokenizer, counters=counters)

@@ -24,10 +24,10 @@ from benchmarks.report import finish, table, versions
 from engine.batch import StepKey, step_layout
 from engine.config import DEFAULT_MODEL, EngineOptions, cache_root
 from engine.device import device_facts
-from engine.executables import NoProgramCache, compile_one
+from engine.executables import NoProgramCache, compile_all, compile_one
 from engine.load import configure, load_params
 from engine.model.weights import open_checkpoint
-from engine.programs import logits_program, page_bytes
+from engine.programs import empty_programs, logits_program, page_bytes
 from engine.registry import resolve_model
 from engine.runner import Runner
 from engine.stats import Counters
@@ -61,7 +61,10 @@ class Scorer:
         self.num_pages = config.max_pages_per_seq
         self.config = replace(config, num_pages=1 + self.num_pages)
         params = load_params(checkpoint, self.config, lambda phase, done, of: None)
-        self.runner = Runner(checkpoint.config, self.config, params, {}, Counters())
+        empty = compile_all(
+            empty_programs(checkpoint.config, self.config), NoProgramCache(), lambda phase, done, of: None
+        )
+        self.runner = Runner(checkpoint.config, self.config, params, empty, Counters())
         self.layout = step_layout(self.config, StepKey(PIECE_TOKENS, 0))
         self.executable = compile_one(logits_program(checkpoint.config, self.config, PIECE_TOKENS), NoProgramCache())
 

@@ -71,6 +71,9 @@ class EngineOptions:
     seed: int = option(0, "base for the seeds of requests that bring none")
     cache_dir: str | None = option(None, "for downloads and compiled programs (default: the user's cache folder)")
     compile_cache: bool = option(True, "keep compiled programs on disk")
+    programs: str | None = option(
+        None, "folder of programs that octavo compile wrote (default: the one beside the checkpoint, where it fits)"
+    )
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -6,7 +6,7 @@ A program is called with flat lists of arrays, so a call costs no tree traversal
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,12 +26,12 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.errors import CapacityError, ModelError
+from engine.program_key import ProgramKey
 from engine.stats import Counters
 
 log = logging.getLogger("octavo.engine")
 Report = Callable[[str, int, int], None]  # phase, how much of it is done, of how much
 Shapes = jax.ShapeDtypeStruct
-_PACKAGES = ("engine", "pallas_kernels", "sharding")
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,11 @@ class Memory:
 class Executable:
     """A compiled program. Called with flat lists, one a tree of inputs; returns flat lists likewise."""
 
-    def __init__(self, program: Program, compiled: jax.stages.Compiled) -> None:
+    def __init__(self, program: Program, compiled: jax.stages.Compiled, memory: Memory | None = None) -> None:
+        """memory: what is known of it; else the compiler is asked."""
         self.name = program.name
         self.compiled = compiled
+        self._memory = memory
         self._counts = [len(jax.tree.leaves(tree)) for tree in program.outputs]
         self.structures = [jax.tree.structure(tree) for tree in program.outputs]
 
@@ -106,16 +108,49 @@ class Executable:
         return out
 
     def memory(self) -> Memory:
-        found = self.compiled.memory_analysis()
-        if found is None:
-            return Memory(0, 0, 0, 0, 0)
-        return Memory(
-            found.argument_size_in_bytes,
-            found.output_size_in_bytes,
-            found.alias_size_in_bytes,
-            found.temp_size_in_bytes,
-            found.generated_code_size_in_bytes,
-        )
+        if self._memory is None:
+            self._memory = _memory_of(self.compiled)
+        return self._memory
+
+
+def _memory_of(compiled: jax.stages.Compiled) -> Memory:
+    found = compiled.memory_analysis()
+    if found is None:
+        return Memory(0, 0, 0, 0, 0)
+    return Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+
+
+def packed(executable: Executable) -> bytes:
+    """A program as it is kept: a checksum of the rest, what memory it takes (JSON behind its length), the machine
+    code."""
+    payload, _, _ = serialize_executable.serialize(executable.compiled)
+    head = json.dumps(dataclasses.asdict(executable.memory())).encode()
+    rest = len(head).to_bytes(4, "little") + head + payload
+    return hashlib.sha256(rest).digest() + rest
+
+
+def is_sound(data: bytes) -> bool:
+    """Whether the checksum fits: damaged machine code must never be loaded."""
+    return len(data) > 36 and hashlib.sha256(memoryview(data)[32:]).digest() == data[:32]
+
+
+def unpacked(program: Program, data: bytes) -> Executable:
+    """The program of sound bytes. Runs what they say: they must be the user's own."""
+    end = 36 + int.from_bytes(data[32:36], "little")
+    num_inputs = len(jax.tree.leaves(program.inputs))
+    num_outputs = len(jax.tree.leaves(program.outputs))
+    in_tree = jax.tree.structure(((0,) * num_inputs, {}))
+    out_tree = jax.tree.structure((0,) * num_outputs)
+    # Not as many devices as the program was compiled for abort the process; the default is all there are.
+    devices = jax.devices()[:1] if program.mesh is None else list(program.mesh.devices.flat)
+    loaded = serialize_executable.deserialize_and_load(data[end:], in_tree, out_tree, execution_devices=devices)
+    return Executable(program, loaded, Memory(**json.loads(data[36:end])))
 
 
 class ProgramCache:
@@ -125,28 +160,27 @@ class ProgramCache:
     The folder's name is a digest of everything that shapes the code.
     """
 
-    def __init__(self, root: Path, module: str = "engine.programs", **facts: Any) -> None:
-        """module: where the programs are made; its source, and all that it imports, shapes them."""
-        self.folder = root / "programs" / _digest(module, facts)
+    keeps = True
+
+    def __init__(self, root: Path, key: ProgramKey) -> None:
+        self.folder = root / "programs" / key.digest
 
     def load(self, program: Program) -> Executable | None:
         """The program from disk; None when it is not there or its file is damaged."""
-        path = self.folder / f"{program.name}.bin"
+        data = self.read(program.name)
+        return None if data is None else unpacked(program, data)
+
+    def read(self, name: str) -> bytes | None:
+        """The program's file as `packed` made it; None when it is not there or damaged."""
+        path = self.folder / f"{name}.bin"
         if not path.exists():
             return None
         self._check_owner()
-        num_inputs = len(jax.tree.leaves(program.inputs))
-        num_outputs = len(jax.tree.leaves(program.outputs))
-        in_tree = jax.tree.structure(((0,) * num_inputs, {}))
-        out_tree = jax.tree.structure((0,) * num_outputs)
-        payload = _sound(path.read_bytes())
-        if payload is None:
-            log.warning("%s is damaged; the program is compiled again", path)
-            return None
-        # Not as many devices as the program was compiled for abort the process; the default is all there are.
-        devices = jax.devices()[:1] if program.mesh is None else list(program.mesh.devices.flat)
-        loaded = serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
-        return Executable(program, loaded)
+        data = path.read_bytes()
+        if is_sound(data):
+            return data
+        log.warning("%s is damaged; the program is compiled again", path)
+        return None
 
     @contextmanager
     def alone(self, program: Program) -> Iterator[None]:
@@ -159,12 +193,12 @@ class ProgramCache:
                 log.warning("%s: processes that start together compile the same programs: %s", self.folder, error)
             yield
 
-    def save(self, executable: Executable) -> None:
+    def keep(self, name: str, data: bytes) -> None:
+        """Store what `packed` made of the program."""
         self._make()
-        payload, _, _ = serialize_executable.serialize(executable.compiled)
-        partial = self.folder / f".{executable.name}.{os.getpid()}"
-        partial.write_bytes(hashlib.sha256(payload).digest() + payload)
-        partial.rename(self.folder / f"{executable.name}.bin")
+        partial = self.folder / f".{name}.{os.getpid()}"
+        partial.write_bytes(data)
+        partial.rename(self.folder / f"{name}.bin")
 
     def _make(self) -> None:
         self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -174,11 +208,7 @@ class ProgramCache:
 
     def _check_owner(self) -> None:
         for folder in (self.folder, self.folder.parent):
-            info = folder.stat()
-            if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ModelError(
-                    f"{folder}: compiled programs are code; the folder must be yours and writable by you alone"
-                )
+            owned(folder.stat(), folder, (os.getuid(),))
 
 
 class NoProgramCache(ProgramCache):
@@ -187,15 +217,26 @@ class NoProgramCache(ProgramCache):
     def __init__(self) -> None:
         pass
 
+    keeps = False
+
     def load(self, program: Program) -> Executable | None:
+        return None
+
+    def read(self, name: str) -> bytes | None:
         return None
 
     @contextmanager
     def alone(self, program: Program) -> Iterator[None]:
         yield
 
-    def save(self, executable: Executable) -> None:
+    def keep(self, name: str, data: bytes) -> None:
         pass
+
+
+def owned(info: os.stat_result, path: Path, owners: tuple[int, ...]) -> None:
+    """Raises ModelError where somebody else could have written what is at `path`."""
+    if info.st_uid not in owners or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ModelError(f"{path}: compiled programs are code; it must be yours and writable by you alone")
 
 
 def count_compiles(counters: Counters) -> None:
@@ -250,8 +291,19 @@ def compile_one(program: Program, cache: ProgramCache) -> Executable:
         if (loaded := cache.load(program)) is not None:
             return loaded
         executable = _compiled(program)
-        cache.save(executable)
+        if cache.keeps:
+            cache.keep(program.name, packed(executable))
     return executable
+
+
+def compile_packed(program: Program, cache: ProgramCache) -> bytes:
+    """The program as `packed` makes it, compiled where the cache does not have it; it is not loaded."""
+    with cache.alone(program):
+        data = cache.read(program.name)
+        if data is None:
+            data = packed(_compiled(program))
+            cache.keep(program.name, data)
+    return data
 
 
 def _compiled(program: Program) -> Executable:
@@ -263,59 +315,3 @@ def _compiled(program: Program) -> Executable:
                 f"program {program.name} does not fit the device: {str(error).splitlines()[0]}"
             ) from error
         raise
-
-
-def _digest(module: str, facts: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    device = jax.devices()[0]
-    environment = (
-        jax.__version__,
-        device.platform,
-        device.device_kind,
-        device.client.platform_version,
-        jax.device_count(),
-    )
-    digest.update(json.dumps([environment, {k: repr(v) for k, v in sorted(facts.items())}]).encode())
-    digest.update(os.environ.get("XLA_FLAGS", "").encode())
-    if device.platform == "cpu":
-        digest.update(_cpu_features().encode())
-    for name, source in sorted(sources_of(module).items()):
-        digest.update(name.encode() + source)
-    return digest.hexdigest()[:32]
-
-
-def sources_of(module: str, root: Path = Path(__file__).parent.parent) -> dict[str, bytes]:
-    """What can shape a module's programs: every module of ours that it imports, directly or not, and the data
-    beside them (tuned block sizes)."""
-    found: dict[str, bytes] = {}
-    todo = [module]
-    while todo:
-        name = todo.pop()
-        path = root.joinpath(*name.split("."))
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if name in found or name.split(".")[0] not in _PACKAGES or not path.exists():
-            continue
-        found[name] = path.read_bytes()
-        if path.name == "__init__.py":
-            found |= {f"{name}/{data.name}": data.read_bytes() for data in sorted(path.parent.glob("*.json"))}
-        for node in ast.parse(found[name]).body:  # not what is imported late or for types
-            if isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
-
-
-def _sound(data: bytes) -> bytes | None:
-    """What follows the checksum, if it fits: damaged machine code must never be loaded."""
-    checksum, payload = data[:32], data[32:]
-    return payload if hashlib.sha256(payload).digest() == checksum else None
-
-
-def _cpu_features() -> str:
-    """Machine code of one CPU may not run on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.batch import StepKey, lattice
+from engine.bundle import bundle_of, fits
 from engine.config import EngineConfig, EngineOptions, cache_root
 from engine.device import device_facts, give_back_memory
 from engine.errors import CapacityError, InvalidParam
@@ -25,6 +26,7 @@ from engine.executables import (
     Compiling,
     Executable,
     NoProgramCache,
+    Program,
     ProgramCache,
     Report,
     compile_all,
@@ -39,6 +41,7 @@ from engine.model.weights import Checkpoint, open_checkpoint
 from engine.model.weights.packed import summary
 from engine.placement import assembled, placer
 from engine.plan import Layout
+from engine.program_key import ProgramKey, program_key
 from engine.programs import held_bytes, page_bytes, serving_programs, step_program
 from engine.replica import Replica
 from engine.resolve import DeviceFacts, page_size_of, resolve, shards_of, usable_bytes, with_pages
@@ -93,16 +96,12 @@ def load_runner(
     count_compiles(counters)
     checkpoint = open_checkpoint(path, max_model_len=options.max_model_len)
     model, device = checkpoint.config, device_facts()
-    cache_for = caches(options, model) if replica is None else lambda config: NoProgramCache()
-    config = configure(options, checkpoint, device)
-    config = size_pool(options, model, config, device, cache_for)
-    if replica is not None:
-        config = replica.agree(config)
+    config, cache = sized_and_kept(options, checkpoint, device, replica)
     log.info("%s on %s: %s", options.model, device.platform, config.summary())
     for line in kernel_choices(model, config):
         log.info("%s", line)
     programs = serving_programs(model, config, mesh_of(config.shards))
-    with Compiling(programs, cache_for(config)) as compiling:  # beside the weights, which wait for the disk
+    with Compiling(programs, cache) as compiling:  # beside the weights, which wait for the disk
         params = load_params(checkpoint, config, report)
         executables = compiling.result(report)
     give_back_memory()  # before the pool is made: what reading needed is not in the peak
@@ -111,9 +110,49 @@ def load_runner(
     return make(model, config, params, executables, counters), checkpoint
 
 
+def sized_and_kept(
+    options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts, replica: Replica | None
+) -> tuple[EngineConfig, ProgramCache]:
+    """The configuration with its KV pool, and where its programs are: in a bundle that is for it, else in the cache.
+
+    A bundle's pool is as large as where it was made, unless a size is asked for: `_check_fits` judges it.
+    """
+    model, config = checkpoint.config, configure(options, checkpoint, device)
+    if replica is not None:
+        if options.programs is not None:
+            raise InvalidParam("programs", "is for one process; those of a replica compile their own")
+        return replica.agree(
+            size_pool(options, model, config, device, lambda config: NoProgramCache())
+        ), NoProgramCache()
+    bundle, cache_for = bundle_of(options, checkpoint.source), caches(options, model)
+    if bundle is not None:
+        pages, wanted = bundle.num_pages, options.kv_cache_memory_bytes
+        if pages is None or wanted is not None:
+            like = with_pages(config, wanted, page_bytes(model, config), held_bytes(model, config), device)
+        else:
+            like = replace(config, num_pages=pages)
+        if fits(options, bundle, key_of(model, like)):
+            return like, bundle
+    config = size_pool(options, model, config, device, cache_for)
+    return config, cache_for(config)
+
+
+def key_of(model: ModelConfig, config: EngineConfig) -> ProgramKey:
+    return program_key("engine.programs", model=model, config=config)
+
+
 def caches(options: EngineOptions, model: ModelConfig) -> CacheFor:
     root = cache_root(options.cache_dir)
-    return lambda config: ProgramCache(root, model=model, config=config) if options.compile_cache else NoProgramCache()
+    return lambda config: ProgramCache(root, key_of(model, config)) if options.compile_cache else NoProgramCache()
+
+
+def closed_set(options: EngineOptions, path: Path) -> tuple[ProgramKey, list[Program], ProgramCache]:
+    """What `load_engine` would compile for the model at `path`, and where it would keep it; reads no weights."""
+    checkpoint, device = open_checkpoint(path, max_model_len=options.max_model_len), device_facts()
+    model, cache_for = checkpoint.config, caches(options, checkpoint.config)
+    config = size_pool(options, model, configure(options, checkpoint, device), device, cache_for)
+    kernel_choices(model, config)  # raises for what was asked for by name and is not there
+    return key_of(model, config), serving_programs(model, config, mesh_of(config.shards)), cache_for(config)
 
 
 def configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts) -> EngineConfig:

@@ -112,11 +112,13 @@ def _cut_of(shards: Shards, name: str, spec: ParamSpec, leaf: Shapes) -> Partiti
 def local_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
     """Abstract parameters as one device has them."""
 
-    def share(leaf: Shapes, cut: PartitionSpec) -> Shapes:
-        sizes = (size // config.shards.parts(axes) for size, axes in zip(leaf.shape, cut, strict=True))
-        return Shapes(tuple(sizes), leaf.dtype)
+    return jax.tree.map(partial(_share, config.shards), param_shapes(model, config), param_cuts(model, config))
 
-    return jax.tree.map(share, param_shapes(model, config), param_cuts(model, config))
+
+def _share(shards: Shards, leaf: Shapes, cut: PartitionSpec) -> Shapes:
+    """One device's part of an array; dimensions that `cut` does not name are whole."""
+    axes = (*cut, *[None] * (len(leaf.shape) - len(cut)))
+    return Shapes(tuple(size // shards.parts(names) for size, names in zip(leaf.shape, axes, strict=True)), leaf.dtype)
 
 
 def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -177,7 +179,30 @@ def serving_programs(model: ModelConfig, config: EngineConfig, mesh: Mesh | None
     return [
         *(step_program(model, config, key, mesh) for key in lattice(config)),
         configure_program(model, config, mesh),
+        *empty_programs(model, config, mesh),
     ]
+
+
+def empty_programs(model: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> list[Program]:
+    """Zeros on the devices: the slots, and what one layer of each kind keeps (see `layer_kinds`)."""
+    slots, groups = over_groups(config, slots_of(model, config)), group_cut(config)
+    cuts = dict(zip(kv_shapes(model, config), kv_cuts(model, config), strict=True))
+    layers = (_empty(name, kind, cuts[kind], config, mesh) for kind, name in layer_kinds(model, config).items())
+    return [_empty("empty_slots", slots, groups, config, mesh), *layers]
+
+
+def layer_kinds(model: ModelConfig, config: EngineConfig) -> dict[Shapes | LayerStates, str]:
+    """What layers keep, each kind once, and the name of the program that makes it."""
+    return {kind: f"empty_layer_{i}" for i, kind in enumerate(dict.fromkeys(kv_shapes(model, config)))}
+
+
+def _empty(name: str, whole: Any, cut: PartitionSpec, config: EngineConfig, mesh: Mesh | None) -> Program:
+    share = jax.tree.map(lambda leaf: _share(config.shards, leaf, cut), whole)
+
+    def zeros() -> tuple[Any]:
+        return (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), share),)
+
+    return Program(name, zeros, (), donated=(), outputs=(whole,), mesh=mesh, cuts=((), (cut,)))
 
 
 def step_program(model: ModelConfig, config: EngineConfig, key: StepKey, mesh: Mesh | None = None) -> Program:

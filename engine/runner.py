@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from engine.batch import (
     StepKey,
@@ -28,15 +26,14 @@ from engine.batch import (
     step_layout,
 )
 from engine.config import EngineConfig
-from engine.executables import Executable, placed
+from engine.executables import Executable
 from engine.model.config import ModelConfig
 from engine.placement import move
 from engine.plan import DecodeResult, DecodeRows, PromptLogprobs, StepPlan, StepResult
-from engine.programs import group_cut, kv_cuts, kv_shapes, over_groups, slots_of
+from engine.programs import kv_shapes, layer_kinds
 from engine.sequence import Sequence
 from engine.stats import Counters
 from engine.steps import StepOutput
-from sharding.mesh import mesh_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,6 @@ class Runner:
         self.config = config
         self.executables = executables
         self.counters = counters
-        self._mesh = mesh_of(config.shards)
         self._params = jax.tree.leaves(params)
         self._layouts = {key: step_layout(config, key) for key in lattice(config)}
         self._configure_layout = configure_layout(config, model.vocab_size)
@@ -137,16 +133,17 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh KV cache and slots, as at start or after a failed step."""
-        kv, slots = kv_shapes(self.model, self.config), over_groups(self.config, slots_of(self.model, self.config))
-        self._kv = _zeros(kv, self._mesh, kv_cuts(self.model, self.config))
-        self._slots = _zeros(slots, self._mesh, group_cut(self.config))
+        makers = layer_kinds(self.model, self.config)
+        layers = (self.executables[makers[kind]]() for kind in kv_shapes(self.model, self.config))
+        self._kv = [array for (layer,) in layers for array in layer]
+        (self._slots,) = self.executables["empty_slots"]()
 
     def adopt(self, config: EngineConfig, executables: dict[str, Executable]) -> None:
         """Go on under `config`, which differs in shards and pages. What was kept is lost, also where it raises."""
         self._kv, self._slots = (), ()  # makes room
         try:
             move(self.model, self._params, self.config, config)
-            self.config, self.executables, self._mesh = config, executables, mesh_of(config.shards)
+            self.config, self.executables = config, executables
         finally:
             self.reset()
         self.warm_up()
@@ -200,12 +197,6 @@ class Runner:
     def step(self, executable: Executable, vector: np.ndarray) -> list[Array]:
         self._kv, self._slots, output = executable(self._params, self._kv, self._slots, [vector])
         return output
-
-
-def _zeros(shapes: Any, mesh: Mesh | None, cuts: Any) -> Rows[Array]:
-    leaves = jax.tree.leaves(shapes)
-    places = [None] * len(leaves) if mesh is None else jax.tree.leaves(placed(mesh, shapes, cuts))
-    return [jnp.zeros(leaf.shape, leaf.dtype, device=at) for leaf, at in zip(leaves, places, strict=True)]
 
 
 def _detail(output: StepOutput) -> tuple[Array, Array, Array]:

@@ -70,6 +70,13 @@ COMMANDS = (
         positional=("model", "out"),
     ),
     Command(
+        name="compile",
+        help="compile what serving a model takes, for this kind of machine, into a folder that serve --programs loads",
+        run="server.commands.compile:run",
+        options=(EngineOptions, command_options.CompileOptions),
+        positional=("model",),
+    ),
+    Command(
         name="sharding",
         help="explain how a model is cut over devices, which need not be there",
         run="server.commands.sharding:run",

@@ -26,6 +26,7 @@ ALIASES = {
     "page_size": ("--block-size",),
     "input": ("-i", "--input-file"),
     "output": ("-o", "--output-file"),
+    "out": ("-o",),
     "url": ("--base-url",),
     "slo": ("--goodput",),
     "max_concurrency": ("--concurrency",),

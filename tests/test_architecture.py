@@ -53,7 +53,7 @@ MAY_READ_ENVIRONMENT = {
     "engine.hosts",  # LeaderWorkerSet says there who takes part
     "pallas_kernels.native.build",  # CXX names the compiler, as for every build; nothing at run time
     "sharding.topology",  # libtpu takes the chip to compile for from there, and from nowhere else
-    "engine.executables",  # XLA's own flags are part of the key of a compiled program
+    "engine.program_key",  # XLA's own flags are part of the key of a compiled program
 }
 # (module, imported name) -> why it cannot stand at the top of the file.
 LATE_IMPORTS: dict[tuple[str, str], str] = {

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from engine.bundle import bundle_of, fits
 from engine.config import EngineOptions, cache_root
 from engine.device import device_facts
 from engine.errors import CapacityError, InvalidParam, ModelError
-from engine.executables import NoProgramCache, ProgramCache, Report, compile_all, count_compiles
+from engine.executables import NoProgramCache, Program, ProgramCache, Report, compile_all, count_compiles
 from engine.json_file import read_json
 from engine.load import display_name, tokenizer_of
 from engine.model.encoder_config import EncoderConfig
@@ -28,6 +29,7 @@ from engine.pooling.engine import PoolingEngine
 from engine.pooling.programs import PoolingModel, param_shapes, pooling_programs, specs_of
 from engine.pooling.resolve import resolve_pooling
 from engine.pooling.runner import PoolingRunner
+from engine.program_key import ProgramKey, program_key
 from engine.resolve import DeviceFacts, usable_bytes
 from engine.stats import Counters
 from pallas_kernels.quantized import tree_bytes
@@ -76,7 +78,7 @@ def load_pooling_engine(
         log.info("the model's authors put %r in front of every text; clients do that themselves", files.prompt)
     _check_fits(model, config, device)
     params = _load_params(checkpoint, model, config, report)
-    executables = compile_all(pooling_programs(model, config), _cache(options, model, config), report)
+    executables = compile_all(pooling_programs(model, config), _kept(options, path, model, config), report)
     report("warm up", 0, 1)
     runner = PoolingRunner(model, config, params, executables, counters)
     runner.warm_up()
@@ -128,11 +130,28 @@ def _check_task(options: EngineOptions, config: PoolingConfig) -> None:
         raise InvalidParam("task", f"{options.model} is for {config.task}, not for {options.task}")
 
 
-def _cache(options: EngineOptions, model: PoolingModel, config: PoolingConfig) -> ProgramCache:
-    if not options.compile_cache:
-        return NoProgramCache()
-    root = cache_root(options.cache_dir)
-    return ProgramCache(root, "engine.pooling.programs", model=model, config=config)
+def pooling_closed_set(options: EngineOptions, path: Path) -> tuple[ProgramKey, list[Program], ProgramCache]:
+    """What `load_pooling_engine` would compile for the model at `path`, and where it would keep it."""
+    checkpoint, model = _open(path, options.max_model_len)
+    files, device = read_pooling(path), device_facts()
+    config = resolve_pooling(options, model, files, checkpoint.dtype, device, _matryoshka(path))
+    _check_task(options, config)
+    key = _key(model, config)
+    return key, pooling_programs(model, config), _cache(options, key)
+
+
+def _kept(options: EngineOptions, path: Path, model: PoolingModel, config: PoolingConfig) -> ProgramCache:
+    """Where the programs are: in a bundle that is for them, else in the cache."""
+    key, bundle = _key(model, config), bundle_of(options, path)
+    return bundle if bundle is not None and fits(options, bundle, key) else _cache(options, key)
+
+
+def _key(model: PoolingModel, config: PoolingConfig) -> ProgramKey:
+    return program_key("engine.pooling.programs", model=model, config=config)
+
+
+def _cache(options: EngineOptions, key: ProgramKey) -> ProgramCache:
+    return ProgramCache(cache_root(options.cache_dir), key) if options.compile_cache else NoProgramCache()
 
 
 def _check_fits(model: PoolingModel, config: PoolingConfig, device: DeviceFacts) -> None:

@@ -53,6 +53,11 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    out: str | None = option(None, "folder for the programs (default: beside the checkpoint)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelsOptions:
     json: bool = option(False, "one JSON object a line")
 

@@ -22,8 +22,9 @@ from engine.executables import (
     compile_all,
     compile_one,
     count_compiles,
-    sources_of,
+    packed,
 )
+from engine.program_key import program_key, sources_of
 from engine.stats import Counters
 from tests.engine.fakes import CONFIG, config
 
@@ -52,7 +53,7 @@ EXPECTED = [[101.0, 103.0, 105.0], [2000.0, 2002.0, 2004.0], [9.0, 9.0, 9.0]]
 
 
 def cache(root: Path, **facts: Any) -> ProgramCache:
-    return ProgramCache(root, **(facts or {"config": CONFIG}))
+    return ProgramCache(root, program_key("engine.programs", **(facts or {"config": CONFIG})))
 
 
 def compiles(function: Any) -> tuple[Any, int]:
@@ -86,7 +87,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
         other.start()
         other.join(timeout=0.3)
         assert other.is_alive() and not found
-        mine.save(compile_one(program(), NoProgramCache()))
+        mine.keep("double", packed(compile_one(program(), NoProgramCache())))
         later = Counters()
         count_compiles(later)
     other.join(timeout=60)

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from engine import placement
 from engine.batch import StepKey
 from engine.config import EngineConfig, EngineOptions
-from engine.executables import Executable, NoProgramCache, Program, ProgramCache, compile_all, compile_one
+from engine.executables import Executable, NoProgramCache, Program, ProgramCache, compile_all, compile_one, packed
 from engine.load import layouts
 from engine.logits import TokenLogits
 from engine.model.config import Experts, Latent, LayerSpec, ModelConfig
@@ -32,7 +32,8 @@ from engine.model.params import axis_sizes, param_axes, param_specs
 from engine.model.quantization import pack
 from engine.placement import assembled, placer
 from engine.plan import Layout
-from engine.programs import page_bytes, serving_programs, step_program
+from engine.program_key import program_key
+from engine.programs import empty_programs, page_bytes, serving_programs, step_program
 from engine.request import Request, SamplingParams
 from engine.resolve import DeviceFacts, shards_of
 from engine.runner import Runner
@@ -144,7 +145,7 @@ def flat(kind: str) -> dict[str, Any]:
 
 
 def stored(config: EngineConfig) -> ProgramCache:
-    return ProgramCache(Path(STORE.name), config=config)
+    return ProgramCache(Path(STORE.name), program_key("engine.programs", config=config))
 
 
 def runner_of(kind: str, config: EngineConfig, executables: dict[str, Executable]) -> Runner:
@@ -173,7 +174,8 @@ def check_logits(world: World) -> None:
 def test_logits_alone(kind: str, strategy: str) -> None:
     """One program; what decodes is compiled on demand, below."""
     config = config_of(MODELS[kind], strategy)
-    runner = runner_of(kind, config, {})
+    empty = empty_programs(MODELS[kind], config, mesh_of(config.shards))
+    runner = runner_of(kind, config, compile_all(empty, NoProgramCache(), lambda phase, done, of: None))
     check_logits(World(MODELS[kind], config, flat(kind), runner, runner.counters))
 
 
@@ -214,8 +216,8 @@ def test_stored_programs_load_on_fewer_devices_than_there_are(devices: int, tmp_
     shards = Shards((Axis("x", devices),))
     mesh, shape = mesh_of(shards), jax.ShapeDtypeStruct((8,), jnp.float32)
     program = Program("twice", lambda x: (2 * x,), (shape,), (), (shape,), mesh, ((PartitionSpec(),), PartitionSpec()))
-    cache = ProgramCache(tmp_path)
-    cache.save(Executable(program, program.lower().compile()))
+    cache = ProgramCache(tmp_path, program_key("engine.programs"))
+    cache.keep(program.name, packed(Executable(program, program.lower().compile())))
     loaded = cache.load(program)
     assert loaded is not None
     x = jax.device_put(jnp.arange(8.0), None if mesh is None else NamedSharding(mesh, PartitionSpec()))
