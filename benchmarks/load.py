@@ -13,7 +13,8 @@ import numpy as np
 import uvloop
 
 from benchmarks.client import CHAT, Endpoint, Exchange, LoadError, Sample, exchange, read
-from benchmarks.prompts import Prompt
+from benchmarks.prompts import MIXES, Cutter, Prompt, mixed_lengths
+from engine.text import Tokenizer
 
 TIMEOUT_S = 600.0
 
@@ -24,6 +25,23 @@ class Ask:
 
     prompt: Prompt
     num_output_tokens: int
+
+
+class Asker:
+    """Hands out requests of fixed lengths or of a mix; equal seeds, equal requests."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, seed: int, input_len: int, output_len: int, mix: str | None = None
+    ) -> None:
+        self._cutter = Cutter(tokenizer, seed)
+        self._seed, self._lengths, self._mix = seed, (input_len, output_len), mix
+
+    def __call__(self, count: int) -> list[Ask]:
+        lengths = [self._lengths] * count
+        if self._mix is not None:
+            self._seed += 1
+            lengths = mixed_lengths(MIXES[self._mix], count, self._seed)
+        return [Ask(self._cutter.cut(prompt), output) for prompt, output in lengths]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def folder(name: str | None) -> Path | None:
+    """Of an option that may be absent."""
+    return None if name is None else Path(name)
+
+
 def rounded(value: Any) -> Any:
     """Floats anywhere in it to four digits behind the point."""
     if isinstance(value, dict):
@@ -67,11 +72,11 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def finish(name: str, backend: str, result: dict[str, Any], folder: Path | None = RESULTS) -> None:
+def finish(name: str, backend: str, result: dict[str, Any], to: Path | None = RESULTS) -> None:
     """Writes <date>-<backend>-<name>.json to the folder, when there is one, and prints the same as the last line."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     whole = {"benchmark": name, "date": today, "backend": backend, "machine": machine()} | result
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{today}-{backend}-{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
+    if to is not None:
+        to.mkdir(parents=True, exist_ok=True)
+        (to / f"{today}-{backend}-{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(whole))

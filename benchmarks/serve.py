@@ -17,8 +17,7 @@ from typing import Any
 from benchmarks import engines, report
 from benchmarks.client import Endpoint, LoadError, endpoint
 from benchmarks.figures import Slo, figures, parse_slo
-from benchmarks.load import Ask, Load, Target, arrival_times, closed_loop, open_loop
-from benchmarks.prompts import MIXES, Cutter, mixed_lengths
+from benchmarks.load import Ask, Asker, Load, Target, arrival_times, closed_loop, open_loop
 from benchmarks.serve_page import page
 from benchmarks.sweep import best, sweep
 from engine.config import EngineOptions, cache_root
@@ -44,22 +43,6 @@ class Setting:
         if options.num_prompts is not None:
             return options.num_prompts
         return max(8, 4 * self.concurrency) if self.concurrency else max(20, round(20 * (self.rate or 0)))
-
-
-class Asker:
-    """Hands out requests; equal seeds, equal requests."""
-
-    def __init__(self, tokenizer: Tokenizer, options: BenchServeOptions) -> None:
-        self._cutter = Cutter(tokenizer, options.seed)
-        self._options = options
-        self._calls = 0
-
-    def __call__(self, count: int) -> list[Ask]:
-        lengths = [(self._options.input_len, self._options.output_len)] * count
-        if self._options.mix is not None:
-            self._calls += 1
-            lengths = mixed_lengths(MIXES[self._options.mix], count, self._options.seed + self._calls)
-        return [Ask(self._cutter.cut(prompt), output) for prompt, output in lengths]
 
 
 @contextmanager
@@ -152,7 +135,9 @@ def settings(options: BenchServeOptions) -> list[Setting]:
 def measured(found: Mapping[str, Target], tokenizer: Tokenizer, options: BenchServeOptions) -> Rows:
     """Every server at every setting; in a sweep each finds its own rates."""
     slo = None if options.slo is None else parse_slo(options.slo)
-    askers = {name: Asker(tokenizer, options) for name in found}
+    askers = {
+        name: Asker(tokenizer, options.seed, options.input_len, options.output_len, options.mix) for name in found
+    }
 
     def one(name: str, setting: Setting) -> dict[str, Any]:
         row = measure(found[name], setting, askers[name], options, slo)
@@ -244,5 +229,5 @@ def run(engine_options: EngineOptions, options: BenchServeOptions) -> int:
     }  # fmt: skip
     if options.html is not None:
         Path(options.html).write_text(page(result, HEADER, lines(rows)))
-    report.finish("serve", options.backend, result, None if options.result_dir is None else Path(options.result_dir))
+    report.finish("serve", options.backend, result, report.folder(options.result_dir))
     return 0 if result["ok"] else 1

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "benchmarks": ("server", "engine", "pallas_kernels", "sharding", "configs"),
     **{
         f"server.commands.bench_{name}": ("server", "engine", "configs", "benchmarks")
-        for name in ("serve", "startup", "steps")
+        for name in ("serve", "offline", "startup", "steps")
     },
 }
 # Host bookkeeping: tested in milliseconds, on a machine without JAX.
@@ -46,6 +46,7 @@ NO_JAX = {
 MAY_JIT = {
     "engine.executables",  # the programs
     "engine.model.decoder",  # one trace for all equal layers, inside the programs
+    "benchmarks.roofline",  # a copy and a product, to know the machine by
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
 MAY_READ_ENVIRONMENT = {
@@ -123,8 +124,9 @@ def host_modules_without_jax(module: str, tree: ast.Module) -> list[str]:
 
 
 def jit_in_few_files(module: str, tree: ast.Module) -> list[str]:
-    """The closed set of programs is only closed when few files can make one. Kernels are traced, not jitted."""
-    if module in MAY_JIT:
+    """The closed set of programs is only closed when few files can make one. Kernels are traced, not jitted.
+    Benchmarks serve nobody."""
+    if module in MAY_JIT or within(module, "benchmarks"):
         return []
     return [
         f"{module}:{node.lineno} uses jit; only {', '.join(sorted(MAY_JIT))} may"

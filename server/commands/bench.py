@@ -82,6 +82,24 @@ class BenchServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchOfflineOptions:
+    num_prompts: int = option(64, "requests of a round, all handed in at once")
+    rounds: int = option(3, "rounds that count; the median is reported")
+    input_len: int = option(128, "prompt tokens of every request")
+    output_len: int = option(128, "output tokens of every request")
+    mix: Literal["chat", "summary", "code"] | None = option(None, "lengths that vary as in such a use, for those two")
+    dataset_path: str | None = option(None, 'JSONL file of {"prompt": text or ids, "max_tokens": n}, run once instead')
+    seed: int = option(0, "chooses prompts and lengths")
+    backend: str = option("cpu", "what it runs on; names the result")
+    result_dir: str | None = option(None, "folder to write the result to, as <date>-<backend>-offline.json")
+
+    def __post_init__(self) -> None:
+        at_least(self, num_prompts=1, rounds=1, input_len=1, output_len=1)
+        if self.dataset_path is not None and self.mix is not None:
+            raise InvalidParam("mix", "is for made-up requests; --dataset-path brings its own lengths")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchStartupOptions:
     repeats: int = option(3, "cold and warm starts; the median is reported")
     backend: str = option("cpu", "what the server runs on; names the result")
@@ -97,6 +115,13 @@ COMMANDS = (
         help="load on a server: throughput, latencies by percentile, goodput, the best rate",
         run="server.commands.bench_serve:run",
         options=(EngineOptions, BenchServeOptions),
+        positional=("model",),
+    ),
+    Command(
+        name="bench offline",
+        help="batches through LLM in one process: tokens a second in and out",
+        run="server.commands.bench_offline:run",
+        options=(EngineOptions, BenchOfflineOptions),
         positional=("model",),
     ),
     Command(
