@@ -26,7 +26,7 @@ _ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5,
 _E2E_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 _CHOICES = (1, 2, 5, 10, 20, 50, 100)
-_LAG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
+_LAG_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
 _LABELS = ("model_name", "engine")
 
 # name, help, buckets; each has vLLM's labels.
@@ -53,6 +53,7 @@ class Metrics:
             name: Histogram(name, help, _LABELS, buckets=buckets, registry=self.registry)
             for name, help, buckets in _HISTOGRAMS
         }
+        self._observed: dict[str, Histogram] = {}  # with their labels: looking those up costs more than observing
         self._success = Counter(
             "vllm:request_success", "Ended choices", (*_LABELS, "finished_reason"), registry=self.registry
         )
@@ -68,7 +69,9 @@ class Metrics:
         return [self._model_name or (engine.model_name if engine else ""), "0"]
 
     def observe(self, name: str, value: float) -> None:
-        self._histograms[f"vllm:{name}"].labels(*self.labels()).observe(value)
+        if name not in self._observed:
+            self._observed[name] = self._histograms[f"vllm:{name}"].labels(*self.labels())
+        self._observed[name].observe(value)
 
     def ended(self, reason: FinishReason) -> None:
         self._success.labels(*self.labels(), reason.value).inc()

@@ -143,7 +143,12 @@ def _requests(
 
 
 class Mailbox:
-    """Carries deltas or vectors from the engine's thread to the event loop, one wake-up for a burst."""
+    """Carries deltas or vectors from the engine's thread to the event loop, one wake-up for a burst.
+
+    A step of the engine may wake hundreds of streams: they get their mail by and by, so that others have their turn.
+    """
+
+    AT_ONCE = 32  # streams that write their frames before the loop looks at its timers and sockets again
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -161,7 +166,9 @@ class Mailbox:
 
     def _deliver(self) -> None:
         with self._lock:
-            items, self._items = self._items, deque()
+            items = [self._items.popleft() for _ in range(min(self.AT_ONCE, len(self._items)))]
+            if self._items:
+                self._loop.call_soon(self._deliver)
         for queue, deltas in items:
             queue.put_nowait(deltas)
 

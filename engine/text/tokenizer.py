@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import InvalidParam, ModelError
@@ -82,7 +83,7 @@ class Tokenizer:
         Lone surrogates, which no UTF-8 text can hold, count as U+FFFD.
         """
         backend = self._backend if parse_special else self._verbatim
-        return backend.encode(_sound(text), add_special_tokens=add_special_tokens).ids
+        return _encoded(backend, _sound(text), add_special_tokens).ids
 
     def encode_parts(
         self, text: str, pair: str | None = None, *, add_special_tokens: bool = True, max_tokens: int | None = None
@@ -94,9 +95,9 @@ class Tokenizer:
         backend = self._backend
         text, pair = _sound(text), None if pair is None else _sound(pair)
         if max_tokens is None:
-            whole = backend.encode(text, pair, add_special_tokens=add_special_tokens)
+            whole = _encoded(backend, text if pair is None else (text, pair), add_special_tokens)
             return whole.ids, whole.type_ids
-        found = [backend.encode(part, add_special_tokens=False) for part in (text, pair) if part is not None]
+        found = [_encoded(backend, part, False) for part in (text, pair) if part is not None]
         special = backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
         for encoding, length in zip(found, _cut([len(e) for e in found], max_tokens - special), strict=True):
             encoding.truncate(length)
@@ -188,6 +189,11 @@ class Tokenizer:
                 path = folder / "additional_chat_templates" / f"{name}.jinja"
                 path.parent.mkdir(exist_ok=True)
             path.write_bytes(source.encode())
+
+
+def _encoded(backend: Backend, text: str | tuple[str, str], add_special_tokens: bool) -> Encoding:
+    """As a batch of one: unlike `Backend.encode` that lets other threads run, which a long text keeps for a second."""
+    return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _sound(text: str) -> str:

@@ -82,6 +82,27 @@ class BenchServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchStepsOptions:
+    batch: tuple[int, ...] = option((1, 4, 16), "sequences that decode at once, as 1,4,16")
+    context: tuple[int, ...] = option((128,), "prompt tokens of each, as 128,1024")
+    waiting: tuple[int, ...] = option((0,), "requests that wait behind them, as 0,1000")
+    steps: int = option(64, "decode steps that are timed under each of these loads")
+    fake_step_ms: float | None = option(
+        None, "time the host alone, over a device that takes so long a step (0: no time) and draws made-up tokens"
+    )
+    trace: str | None = option(None, "file for the phases of every step, as Perfetto and chrome://tracing read it")
+    result_dir: str | None = option(None, "folder to write the result to, as <date>-<backend>-steps.json")
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, fake_step_ms=0)
+        for name, low in (("batch", 1), ("context", 1), ("waiting", 0)):
+            if not getattr(self, name) or min(getattr(self, name)) < low:
+                raise InvalidParam(name, f"must be numbers of at least {low}")
+        if self.trace is not None and self.fake_step_ms is not None:
+            raise InvalidParam("trace", "shows a real device; leave out --fake-step-ms")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchOfflineOptions:
     num_prompts: int = option(64, "requests of a round, all handed in at once")
     rounds: int = option(3, "rounds that count; the median is reported")
@@ -115,6 +136,13 @@ COMMANDS = (
         help="load on a server: throughput, latencies by percentile, goodput, the best rate",
         run="server.commands.bench_serve:run",
         options=(EngineOptions, BenchServeOptions),
+        positional=("model",),
+    ),
+    Command(
+        name="bench steps",
+        help="where the time of a decode step goes: phases of the host, the device, the share of its peaks",
+        run="server.commands.bench_steps:run",
+        options=(EngineOptions, BenchStepsOptions),
         positional=("model",),
     ),
     Command(

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -135,6 +136,27 @@ def test_one_megabyte_is_no_trouble(bpe: Tokenizer, spm: Tokenizer) -> None:
 
 
 # Hugging Face folders
+
+
+def test_a_long_text_lets_other_threads_run(bpe: Tokenizer) -> None:
+    """Streams go on while somebody's prompt is tokenized."""
+    turns, done = 0, threading.Event()
+
+    def others() -> None:
+        nonlocal turns
+        while not done.wait(0.001):
+            turns += 1
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        before, start_s = turns, time.perf_counter()
+        while time.perf_counter() - start_s < 0.3:
+            bpe.encode("the quick brown fox " * 20_000)
+        assert turns - before > 10
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_end_tokens_and_templates_of_a_folder(tmp_path: Path) -> None:
