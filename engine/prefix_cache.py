@@ -30,9 +30,20 @@ class Node:
 class Match:
     """Longest known prefix to continue: its pages, and the node that the next page extends."""
 
-    pages: tuple[int, ...]
-    node: Node
-    num_known: int = 0  # pages whose content is known, those without a state behind them included
+    path: list[Node]  # from the root through every page whose content is known; grows when it is looked up again
+    num_pages: int  # of those, that can be continued: the others have no state behind them
+
+    @property
+    def node(self) -> Node:
+        return self.path[self.num_pages]
+
+    @property
+    def num_known(self) -> int:
+        return len(self.path) - 1
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        return tuple(node.page for node in self.path[1 : self.num_pages + 1])
 
 
 class PrefixCache:
@@ -48,18 +59,26 @@ class PrefixCache:
         self._nodes: dict[int, Node] = {}  # page -> node
         self._states: dict[int, Node] = {}  # row -> node
 
-    def match(self, salt: str, tokens: Sequence[int], max_tokens: int) -> Match:
-        """Pages that hold the first tokens, at most `max_tokens` of them. Acquires nothing."""
-        path = [self._roots.get(salt) or self._new_root(salt)]
-        for start in range(0, max_tokens - self.page_size + 1, self.page_size):
+    def match(self, salt: str, tokens: Sequence[int], max_tokens: int, path: list[Node] | None = None) -> Match:
+        """Pages that hold the first tokens, at most `max_tokens` of them. Acquires nothing.
+
+        path: what an earlier match of these tokens found; looking goes on where it ended, or where it is gone since.
+        """
+        path, root = [] if path is None else path, self._roots.get(salt) or self._new_root(salt)
+        if not path or path[0] is not root:
+            path[:] = [root]
+        del path[max_tokens // self.page_size + 1 :]
+        while not path[-1].alive:
+            path.pop()
+        for start in range((len(path) - 1) * self.page_size, max_tokens - self.page_size + 1, self.page_size):
             child = path[-1].children.get(tuple(tokens[start : start + self.page_size]))
             if child is None:
                 break
             path.append(child)
-        num_known = end = len(path) - 1
+        end = len(path) - 1
         while self._has_states and end and path[end].state is None:
             end -= 1
-        return Match(tuple(node.page for node in path[1 : end + 1]), path[end], num_known)
+        return Match(path, end)
 
     def insert(self, parent: Node, tokens: tuple[int, ...], page: int) -> Node:
         """Make a full, held page findable under `parent`; returns the node for its content.
@@ -171,8 +190,8 @@ class PrefixCache:
 class NoPrefixCache(PrefixCache):
     """Prefix caching off: nothing is ever found."""
 
-    def match(self, salt: str, tokens: Sequence[int], max_tokens: int) -> Match:
-        return Match((), Node(None, (), -1, alive=False))
+    def match(self, salt: str, tokens: Sequence[int], max_tokens: int, path: list[Node] | None = None) -> Match:
+        return Match([Node(None, (), -1, alive=False)], 0)
 
 
 def _walk(top: Node) -> Iterator[Node]:

@@ -263,33 +263,30 @@ class Scheduler:
         if self.in_flight(seq) or (shared is not None and shared.state is State.RUNNING and shared.prefilling):
             return None
         reusable = 0 if seq.wants_prompt_logprobs else len(seq.token_ids) - 1
-        match = self.cache.match(seq.request.cache_salt, seq.token_ids, reusable)
+        match = self.cache.match(seq.request.cache_salt, seq.token_ids, reusable, seq.path)
         if match.node.state is not None and not self.cache.checkpoints.is_written(match.node.state):
             return None  # the step being planned leaves the state that seq starts from
-        missing = -(-len(seq.token_ids) // self.config.page_size) - len(match.pages)
-        reserve = len(self.running)  # a page for each running sequence's next token
-        if missing + self.cache.pool.num_idle(match.pages) + reserve > self.cache.pool.num_available:
-            return None
-        return match
+        missing = -(-len(seq.token_ids) // self.config.page_size) - match.num_pages
+        room = self.cache.pool.num_available - len(self.running) - missing  # a page for each running one's next token
+        return None if room < 0 or self.cache.pool.num_idle(match.pages) > room else match
 
     # -- acquire and release ------------------------------------------------------------------
 
     def _admit(self, match: Match) -> Sequence:
         """Move the first in the queue into a slot with pages for all its known tokens."""
-        (seq, _), pool = self.waiting.popitem(last=False), self.cache.pool
-        pool.acquire(match.pages)
-        missing = -(-len(seq.token_ids) // self.config.page_size) - len(match.pages)
-        seq.pages = [*match.pages, *pool.take(missing)]
+        (seq, _), pool, pages = self.waiting.popitem(last=False), self.cache.pool, match.pages
+        pool.acquire(pages)
+        seq.pages = [*pages, *pool.take(-(-len(seq.token_ids) // self.config.page_size) - len(pages))]
         seq.num_sent_pages = len(seq.pages)
-        seq.node, seq.num_registered = match.node, len(match.pages)
-        seq.computed = len(match.pages) * self.config.page_size
+        seq.node, seq.num_registered = match.node, len(pages)
+        seq.computed = len(pages) * self.config.page_size
         seq.state_row, seq.branch = -1, 0
         if match.node.state is not None:
             seq.state_row = match.node.state
             self.cache.checkpoints.use(seq.state_row)
         if self.config.state_checkpoints:
             seq.branch = match.num_known * self.config.page_size
-        seq.prefill_len = len(seq.token_ids)
+        seq.prefill_len, seq.path = len(seq.token_ids), []
         seq.slot = self._free_slots.pop()
         seq.state = State.RUNNING
         self._num_logprobs += seq.wants_logprobs

@@ -38,6 +38,7 @@ class Sequence:
     state: State = State.WAITING
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)  # what the prefix cache knew when it was last asked, while waiting
     node: Node | None = None  # content of the pages registered so far
     num_sent_pages: int = 0  # pages that the device's block table holds
     num_registered: int = 0  # pages whose content the prefix cache was told

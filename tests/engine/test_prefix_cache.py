@@ -181,6 +181,7 @@ class Machine(RuleBasedStateMachine):
         self.cache = PrefixCache(NUM_PAGES, SIZE, self.state_rows)
         self.owners: list[Owner] = []
         self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.waiting: list[tuple[str, list[int], list[Node]]] = []  # they look again and again, where they ended
 
     def take(self, owner: Owner) -> None:
         """Pages for all tokens, written with what they mean: the whole prefix up to their end."""
@@ -200,6 +201,15 @@ class Machine(RuleBasedStateMachine):
             owner = Owner(salt, tokens, list(match.pages), match.node, len(match.pages))
             self.take(owner)
             self.owners.append(owner)
+
+    @rule(salt=st.sampled_from(["", "tenant"]), text=st.text("ab", min_size=2, max_size=9))
+    def wait(self, salt: str, text: str) -> None:
+        self.waiting.append((salt, tokens_of(text), []))
+
+    @precondition(lambda self: self.waiting)
+    @rule(text=st.text("ab", max_size=3))
+    def wait_with_more_tokens(self, text: str) -> None:
+        self.waiting[-1][1].extend(tokens_of(text))
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
@@ -246,6 +256,15 @@ class Machine(RuleBasedStateMachine):
         self.cache.clear()
         for owner in self.owners:
             owner.dead = True  # may hang on a root that is gone: may register, and is not found
+
+    @invariant()
+    def who_looks_again_finds_what_there_is(self) -> None:
+        for salt, tokens, path in self.waiting:
+            again, fresh = (
+                self.cache.match(salt, tokens, len(tokens), path),
+                self.cache.match(salt, tokens, len(tokens)),
+            )
+            assert (again.pages, again.node, again.num_known) == (fresh.pages, fresh.node, fresh.num_known)
 
     @invariant()
     def books_are_right(self) -> None:
