@@ -39,20 +39,24 @@ MODEL = ModelConfig(
 
 @dataclass
 class FakeDevice:
-    """One step after the other, each `step_s` long. `idle_s` is what it waited between them for the host."""
+    """One step after the other, each `step_s` long and `token_s` longer by each prompt token of its bucket.
+
+    `idle_s` is what it waited between them for the host.
+    """
 
     step_s: float = 0.0
+    token_s: float = 0.0
     busy_until_s: float = 0.0
     idle_s: float = 0.0
     steps: int = 0
 
-    def start(self) -> float:
+    def start(self, prompt_tokens: int) -> float:
         """A step is launched now; returns when it will be done, on `time.perf_counter`'s clock."""
         now_s = time.perf_counter()
         if self.steps:
             self.idle_s += max(0.0, now_s - self.busy_until_s)
         self.steps += 1
-        self.busy_until_s = max(now_s, self.busy_until_s) + self.step_s
+        self.busy_until_s = max(now_s, self.busy_until_s) + self.step_s + self.token_s * prompt_tokens
         return self.busy_until_s
 
 
@@ -87,7 +91,7 @@ class FakeExecutable:
     def __call__(self, params: Any, kv: Any, slots: Any, vectors: Sequence[np.ndarray]) -> list[Any]:
         fields = self._layout.split(vectors[0], lambda part, field: part)
         asked = [fields["decode_count"], *([fields["samples"]] if self._key.tokens else [])]
-        ready_at_s = self._device.start()
+        ready_at_s = self._device.start(self._key.tokens)
         values = [self._values[0], np.concatenate(asked), *self._values[2:]]
         return [kv, slots, [FakeArray(value, ready_at_s) for value in values]]
 

@@ -37,6 +37,11 @@ class EngineOptions:
     max_model_len: int | None = option(None, "longest sequence, prompt and output together, in tokens")
     max_num_seqs: int | None = option(None, "sequences that run at once")
     max_num_batched_tokens: int | None = option(None, "prefill tokens a step")
+    tpot_slo_ms: float | None = option(
+        None,
+        "milliseconds that a running sequence may wait for its next token because of others' prompts: prefill "
+        "tokens a step are chosen by the steps' measured times (default: all that fit in the step)",
+    )
     page_size: int | None = option(None, "tokens in a page of the KV cache")
     kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes")
     enable_prefix_caching: bool = option(True, "reuse KV pages of equal prompt prefixes")
@@ -83,6 +88,9 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidParam(name, f"must be a positive integer, got {value!r}")
+        slo_ms = self.tpot_slo_ms
+        if slo_ms is not None and (isinstance(slo_ms, bool) or not isinstance(slo_ms, (int, float)) or not slo_ms > 0):
+            raise InvalidParam("tpot_slo_ms", f"must be a positive number, got {slo_ms!r}")
         count = self.state_checkpoints
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             raise InvalidParam("state_checkpoints", f"must be an integer of 0 or more, got {count!r}")
@@ -118,6 +126,7 @@ class EngineConfig:
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
     shards: Shards = WHOLE  # what is cut over which devices
+    tpot_slo_s: float | None = None  # that prompts may keep running sequences from their next token
     draft_tokens: int = 0  # proposed for each row of a decode step; 0: no speculation
     state_checkpoints: int | None = None  # recurrent states kept for prefix reuse; None: no layer has a state
 

@@ -25,6 +25,9 @@ class GroupedScheduler:
 
     def __init__(self, config: EngineConfig, counters: Counters) -> None:
         self.groups = [Scheduler(config, counters, group) for group in range(config.num_groups)]
+        self.prompt_budget = self.groups[0].prompt_budget
+        for group in self.groups:
+            group.prompt_budget = self.prompt_budget
 
     @property
     def waiting(self) -> list[Sequence]:

@@ -159,6 +159,8 @@ class Engine(EngineThread):
         began_s, self._last_step_s = max(launched.at_s, self._last_step_s), time.monotonic()
         seconds, name, plan = self._last_step_s - began_s, launched.step.name, launched.step.plan
         self.counters.step_s[name] = self.counters.step_s.get(name, 0.0) + seconds
+        if plan.prefill_rows and plan.decode_rows and self.config.tpot_slo_s is not None:
+            self.scheduler.prompt_budget.observe(plan.most_prefill_tokens, seconds)
         if self.config.draft_tokens and not plan.prefill_rows:
             self._measure(plan, result, seconds)
 

@@ -5,6 +5,7 @@ A row is "count tokens from start". Knows no JAX; results are numpy arrays.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -114,6 +115,14 @@ class StepPlan:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(row.count for row in self.prefill_rows)
+
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Of the group of requests that computes most."""
+        counts = Counter[int]()
+        for row in self.prefill_rows:
+            counts[row.seq.group] += row.count
+        return max(counts.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from jaxlib import version as jaxlib_version
 _PACKAGES = ("engine", "pallas_kernels", "sharding")
 _DATA = ("*.json", "*.cc", "*.h")  # beside the modules: tuned block sizes, the kernels that programs call
 _CPU = "cpu features"
-_HOST_ONLY = {"config.enable_prefix_caching", "config.overlap", "config.max_queued_requests", "config.seed"}
+_HOST_ONLY = {"config.enable_prefix_caching", "config.overlap", "config.max_queued_requests", "config.seed",
+              "config.tpot_slo_s"}  # fmt: skip
 _MAX_TOLD = 8
 
 

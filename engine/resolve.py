@@ -121,6 +121,7 @@ def resolve(
         decode_buckets=ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
         enable_prefix_caching=options.enable_prefix_caching,
         overlap=options.overlap,
+        tpot_slo_s=None if options.tpot_slo_ms is None else options.tpot_slo_ms / 1e3,
         max_queued_requests=options.max_queued_requests,
         seed=options.seed,
     )

@@ -10,6 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from engine.budget import PromptBudget
 from engine.config import EngineConfig
 from engine.errors import CapacityError, ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
@@ -30,6 +31,7 @@ class Scheduler:
         self.config = config
         self.counters = counters
         self.speculation = Speculation(config.draft_tokens)
+        self.prompt_budget = PromptBudget(config.token_buckets, config.tpot_slo_s)
         self.cache = _empty_cache(config)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # by order; all came after all that run
         self.running: list[Sequence] = []  # by order
@@ -144,7 +146,8 @@ class Scheduler:
         decode_rows = self._plan_decode(1 if mixed else self.config.most_steps(drafts))
         # Preempting above may have made room, but multi-token rows cannot ride along.
         alone = together is None and not decode_rows
-        prefill_rows, admitted = self._plan_prefill() if mixed or alone else ([], [])
+        budget = self.prompt_budget.tokens(len(decode_rows))
+        prefill_rows, admitted = self._plan_prefill(budget) if mixed or alone else ([], [])
         if not prefill_rows and not decode_rows:
             return None
         self._num_planned += 1
@@ -212,8 +215,7 @@ class Scheduler:
             if victim is seq:
                 return 0
 
-    def _plan_prefill(self) -> tuple[list[PrefillRow], list[Sequence]]:
-        budget = self.config.max_num_batched_tokens
+    def _plan_prefill(self, budget: int) -> tuple[list[PrefillRow], list[Sequence]]:
         rows: list[PrefillRow] = []
         admitted: list[Sequence] = []
         started = iter(self.prompts.copy())
