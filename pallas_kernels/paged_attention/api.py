@@ -15,14 +15,14 @@ vector of a token, and the result is [tokens, q_heads, layout.value_dim].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jax import Array
 
-from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
 from pallas_kernels.kv_layout import KVLayout, check_pages
-from pallas_kernels.paged_attention import cpu, gpu, reference, tpu
+from pallas_kernels.paged_attention import cpu, reference
 from pallas_kernels.paged_attention.part import Part
 from pallas_kernels.target import Target
 
@@ -46,14 +46,14 @@ class AttentionSpec:
 
 
 DECODE: tuple[Implementation[AttentionSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.decode),
-    Implementation("gpu", gpu.declines, gpu.decode),
+    mosaic("tpu", "pallas_kernels.paged_attention.tpu", "decode"),
+    mosaic("gpu", "pallas_kernels.paged_attention.gpu", "decode"),
     Implementation("cpu", cpu.declines, cpu.decode),
     Implementation("reference", never, reference.decode),
 )
 PREFILL: tuple[Implementation[AttentionSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.prefill),
-    Implementation("gpu", gpu.declines, gpu.prefill),
+    mosaic("tpu", "pallas_kernels.paged_attention.tpu", "prefill"),
+    mosaic("gpu", "pallas_kernels.paged_attention.gpu", "prefill"),
     Implementation("cpu", cpu.declines, cpu.prefill),
     Implementation("reference", never, reference.prefill),
 )
@@ -65,14 +65,14 @@ def _keeps_no_sums(spec: AttentionSpec, target: Target) -> str | None:
 
 
 DECODE_PART: tuple[Implementation[AttentionSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.decode_part),
-    Implementation("gpu", _keeps_no_sums, gpu.decode),
+    mosaic("tpu", "pallas_kernels.paged_attention.tpu", "decode_part"),
+    replace(mosaic("gpu", "pallas_kernels.paged_attention.gpu", "decode"), declines=_keeps_no_sums),
     Implementation("cpu", _keeps_no_sums, cpu.decode),
     Implementation("reference", never, reference.decode_part),
 )
 PREFILL_PART: tuple[Implementation[AttentionSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.prefill_part),
-    Implementation("gpu", _keeps_no_sums, gpu.prefill),
+    mosaic("tpu", "pallas_kernels.paged_attention.tpu", "prefill_part"),
+    replace(mosaic("gpu", "pallas_kernels.paged_attention.gpu", "prefill"), declines=_keeps_no_sums),
     Implementation("cpu", _keeps_no_sums, cpu.prefill),
     Implementation("reference", never, reference.prefill_part),
 )

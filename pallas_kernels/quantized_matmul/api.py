@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax
 from jax import Array
 
-from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat, check_left, check_packed
-from pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu
+from pallas_kernels.quantized_matmul import cpu, reference
 from pallas_kernels.target import Target
 
 
@@ -33,8 +33,8 @@ class MatmulSpec:
 
 
 CANDIDATES: tuple[Implementation[MatmulSpec], ...] = (
-    Implementation("tpu", tpu.declines, tpu.run),
-    Implementation("gpu", gpu.declines, gpu.run),
+    mosaic("tpu", "pallas_kernels.quantized_matmul.tpu"),
+    mosaic("gpu", "pallas_kernels.quantized_matmul.gpu"),
     Implementation("cpu", cpu.declines, cpu.run),
     Implementation("reference", never, reference.run),
 )

@@ -187,6 +187,7 @@ def test_the_cache_key_holds_what_shapes_programs_and_no_more() -> None:
     sources = sources_of("engine.programs")
     assert {"engine.steps", "engine.sampler", "engine.model.decoder", "pallas_kernels.kv_write.api"} <= set(sources)
     assert "pallas_kernels.paged_attention.reference" in sources and "sharding.params" in sources
+    assert "pallas_kernels.paged_attention.gpu_kernel" in sources, "what is imported where it is needed counts too"
     assert not {"engine.loop", "engine.scheduler", "engine.text"} & set(sources), "editing these recompiles nothing"
 
 
