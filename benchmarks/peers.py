@@ -133,9 +133,11 @@ def all_engines(args: argparse.Namespace, source: Path, folder: Path, tokenizer:
         write_hf_folder(source, folder / "hf")
         return engines.transformers(python, folder / "hf", tokenizer)
 
-    found: dict[str, Start] = {
-        f"octavo {width}": lambda width=width: engines.octavo(EngineOptions(**OURS[width])) for width in WIDTHS
-    }
+    def octavo(width: str) -> Start:
+        sizes: dict[str, Any] = {"max_num_seqs": streams, "max_model_len": per_stream}
+        return lambda: engines.octavo(EngineOptions(**OURS[width], **sizes))
+
+    found = {f"octavo {width}": octavo(width) for width in WIDTHS}
     kinds = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_1"}
     found |= {f"llama.cpp {width}": llamacpp(kind) for width, kind in kinds.items()}
     kinds = {"bf16": ("f16", "bf16"), "int8": ("q8_0", None), "int4": ("q4_1", None), "f32": ("f16", "f32")}

@@ -78,8 +78,10 @@ class Cutter:
         """The next prompt. Raises InvalidParam when the text has no place left."""
         while self._starts:
             start = self._starts.pop()
+            if start + num_tokens > len(self._ids):
+                continue
             head = tuple(self._ids[start : start + min(4, num_tokens)])
-            if start + num_tokens > len(self._ids) or head in self._heads:
+            if head in self._heads:
                 continue
             piece = self._ids[start : start + num_tokens]
             text = self._tokenizer.decode(piece, skip_special_tokens=False)
