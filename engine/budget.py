@@ -13,9 +13,10 @@ WEIGHT = 0.2  # of a new measurement
 
 @dataclass(slots=True)
 class PromptBudget:
-    """Chooses among token buckets by the time that steps of each were seen to take. None: no limit but the largest."""
+    """Chooses among token buckets by the time that steps of each were seen to take. tpot_s None: always the most."""
 
     buckets: tuple[int, ...]  # ascending
+    most: int  # tokens of any step; the last bucket holds them
     tpot_s: float | None
     _seconds: dict[int, float] = field(default_factory=dict)  # bucket -> running mean of its steps with decode rows
 
@@ -25,9 +26,9 @@ class PromptBudget:
         Never less than the smallest bucket: prompts go on even where the target cannot be met.
         """
         if self.tpot_s is None or not num_decoding:
-            return self.buckets[-1]
+            return self.most
         in_time = [bucket for bucket in self.buckets if self.expected_s(bucket) <= self.tpot_s]
-        return max(in_time, default=self.buckets[0])
+        return min(self.most, max(in_time, default=self.buckets[0]))
 
     def expected_s(self, bucket: int) -> float:
         """Measured, or by a smaller bucket's time if that promises less: twice the tokens take at most twice as long.

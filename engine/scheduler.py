@@ -31,7 +31,7 @@ class Scheduler:
         self.config = config
         self.counters = counters
         self.speculation = Speculation(config.draft_tokens)
-        self.prompt_budget = PromptBudget(config.token_buckets, config.tpot_slo_s)
+        self.prompt_budget = PromptBudget(config.token_buckets, config.max_num_batched_tokens, config.tpot_slo_s)
         self.cache = _empty_cache(config)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # by order; all came after all that run
         self.running: list[Sequence] = []  # by order

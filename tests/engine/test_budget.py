@@ -14,19 +14,19 @@ BUCKETS = (32, 64, 128, 256)
 
 
 def test_without_a_target_or_anybody_to_wait_all_that_fits() -> None:
-    assert PromptBudget(BUCKETS, None).tokens(9) == 256
-    assert PromptBudget(BUCKETS, 0.001).tokens(0) == 256
+    assert PromptBudget(BUCKETS, 250, None).tokens(9) == 250
+    assert PromptBudget(BUCKETS, 250, 0.001).tokens(0) == 250
 
 
 def test_the_smallest_is_tried_first_and_is_never_refused() -> None:
-    budget = PromptBudget(BUCKETS, 0.010)
+    budget = PromptBudget(BUCKETS, 250, 0.010)
     assert budget.tokens(1) == 32
     budget.observe(20, 0.5)
     assert budget.tokens(1) == 32
 
 
 def test_larger_ones_are_tried_while_even_twice_the_time_would_do() -> None:
-    budget, seen = PromptBudget(BUCKETS, 0.010), []
+    budget, seen = PromptBudget(BUCKETS, 250, 0.010), []
     for _ in range(5):
         tokens = budget.tokens(4)
         seen.append(tokens)
@@ -35,7 +35,7 @@ def test_larger_ones_are_tried_while_even_twice_the_time_would_do() -> None:
 
 
 def test_one_slow_step_is_not_held_against_a_bucket_for_good() -> None:
-    budget = PromptBudget(BUCKETS, 0.010)
+    budget = PromptBudget(BUCKETS, 250, 0.010)
     budget.observe(32, 0.002)
     budget.observe(64, 0.300)
     assert budget.tokens(1) == 128, "32 tokens in 2 ms are at most 128 in 8"
@@ -47,7 +47,7 @@ def test_one_slow_step_is_not_held_against_a_bucket_for_good() -> None:
 
 
 def test_fewer_tokens_count_for_the_bucket_that_holds_them() -> None:
-    budget = PromptBudget(BUCKETS, 0.010)
+    budget = PromptBudget(BUCKETS, 250, 0.010)
     budget.observe(33, 0.004)
     assert budget.expected_s(64) == 0.004 and budget.expected_s(32) == float("inf")
 
