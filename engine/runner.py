@@ -26,6 +26,7 @@ from engine.batch import (
     step_layout,
 )
 from engine.config import EngineConfig
+from engine.estimate.work import Work
 from engine.executables import Executable
 from engine.model.config import ModelConfig
 from engine.placement import move
@@ -121,6 +122,8 @@ class Runner:
         self.config = config
         self.executables = executables
         self.counters = counters
+        self._work = Work(model, config)
+        counters.work = self._work.totals
         self._params = jax.tree.leaves(params)
         self._layouts = {key: step_layout(config, key) for key in lattice(config)}
         self._configure_layout = configure_layout(config, model.vocab_size)
@@ -144,6 +147,7 @@ class Runner:
         try:
             move(self.model, self._params, self.config, config)
             self.config, self.executables = config, executables
+            self._work.adopt(config)
         finally:
             self.reset()
         self.warm_up()
@@ -167,6 +171,7 @@ class Runner:
         return pending
 
     def _count(self, key: StepKey, plan: StepPlan) -> None:
+        self._work.add(key, plan)
         counters, steps = self.counters, max(plan.num_steps, 1)
         used = plan.num_prefill_tokens + sum(plan.decode_rows.counts)
         counters.steps[key.name] = counters.steps.get(key.name, 0) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +33,14 @@ class Counters:
     steps: dict[str, int] = field(default_factory=dict)  # program name -> calls
     step_s: dict[str, float] = field(default_factory=dict)  # program name -> seconds, each from when it could start
     phases: Phases = field(default_factory=Phases)
+    work: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)  # FLOPs and bytes of a device, counted when asked
     expert_tokens: np.ndarray | None = None  # int64 [layers with experts, experts], tokens that chose each
 
     def snapshot(self) -> dict[str, Any]:
         """The fields of `EngineStats` that are counted here, as they stand."""
-        names = {f.name for f in dataclasses.fields(self)} - {"ready", "phases"}
+        names = {f.name for f in dataclasses.fields(self)} - {"ready", "phases", "work"}
         found = {name: getattr(self, name) for name in names}
+        found["flops"], found["memory_bytes"] = self.work()
         return found | {"steps": dict(self.steps), "step_s": dict(self.step_s), "phase_s": dict(self.phases.seconds)}
 
     def chose(self, expert_tokens: np.ndarray | None) -> None:
@@ -69,6 +71,8 @@ class EngineStats:
     tokens_used: int
     tokens_padded: int
     last_step_age_s: float  # since the last committed step; 0 when idle
+    flops: float = 0.0  # of one device, as `engine/estimate` counts them
+    memory_bytes: float = 0.0  # that it read and wrote, likewise
     texts: int = 0
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0

@@ -149,6 +149,8 @@ _COUNTERS = (
     ("octavo_compile_seconds", "Time spent in XLA compilations", "compile_s"),
     ("octavo_compiles_after_ready", "XLA compilations while serving; must stay 0", "compiles_after_ready"),
     ("octavo_tokens_used", "Token positions that steps computed for a request", "tokens_used"),
+    ("octavo_device_flops", "FLOPs of products on one device, estimated from shapes", "flops"),
+    ("octavo_device_memory_bytes", "Bytes that one device read and wrote, estimated from shapes", "memory_bytes"),
     ("octavo_tokens_padded", "Token positions that buckets added", "tokens_padded"),
 )
 

@@ -167,6 +167,7 @@ class FakeEngine:
             prefix_hits_tokens=40, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.submitted),
             generation_tokens=7, compiles=5, compile_s=1.5, compiles_after_ready=0,
             steps={"decode_8": 11}, step_s={"decode_8": 2.5}, phase_s={"plan": 0.5},
+            flops=4e9, memory_bytes=5e9,
             tokens_used=90, tokens_padded=10, last_step_age_s=0.0, expert_tokens=np.array([[1, 3], [5, 5]]),
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ OURS = {
     "octavo_tokens_padded", "octavo_http_responses", "octavo_client_retries", "octavo_event_loop_lag_seconds",
     "octavo_last_step_age_seconds", "octavo_ready", "octavo_texts", "octavo_expert_tokens", "octavo_expert_imbalance",
     "octavo_step_seconds", "octavo_loop_seconds",
+    "octavo_device_flops", "octavo_device_memory_bytes",
 }  # fmt: skip
 LABELS = {"model_name", "engine", "finished_reason", "le", "status", "bucket", "expert", "expert_layer", "phase"}
 
@@ -59,6 +60,7 @@ async def test_values(client):
     assert found["vllm:e2e_request_latency_seconds_count"] == 3
     assert found["vllm:num_preemptions_total"] == 3 and found["vllm:kv_cache_usage_perc"] == 0.25
     assert found["octavo_steps_total bucket=decode_8"] == 11 and found["octavo_ready"] == 1
+    assert found["octavo_device_flops_total"] == 4e9 and found["octavo_device_memory_bytes_total"] == 5e9
     assert found["octavo_step_seconds_total bucket=decode_8"] == 2.5
     assert found["octavo_loop_seconds_total phase=plan"] == 0.5
     assert found["octavo_client_retries_total"] == 1
