@@ -84,7 +84,6 @@ def load_engine(
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     runner.counters.ready = True
-    report("ready", 1, 1)
     return engine
 
 

@@ -145,8 +145,8 @@ class Lifecycle:
 
     def ready(self, engine: ModelHandle) -> None:
         self.ready_s = time.monotonic() - self.started_s
+        self.engine = engine  # before the word is out: who reads it sends a request
         self.report("ready", 1, 1)
-        self.engine = engine
 
     def fail(self, error: BaseException) -> None:
         self.failure = error

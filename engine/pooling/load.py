@@ -94,7 +94,6 @@ def load_pooling_engine(
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     counters.ready = True
-    report("ready", 1, 1)
     return engine
 
 

@@ -39,7 +39,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         cache_dir=str(tmp_path_factory.mktemp("cache")),
     ) as made:
         phases = list(dict.fromkeys(phase for phase, _, _ in seen))
-        assert phases == ["find model", "load weights", "compile", "warm up", "ready"]
+        assert phases == ["find model", "load weights", "compile", "warm up"]
         assert all(0 <= done <= of for _, done, of in seen)
         yield made
 

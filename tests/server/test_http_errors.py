@@ -172,6 +172,18 @@ async def test_before_it_is_ready(engine: FakeEngine):
         assert (await client.get("/health")).status_code == 200
 
 
+async def test_ready_is_said_when_requests_are_taken(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch):
+    lifecycle, seen, report = Lifecycle(), [], Lifecycle.report
+
+    def spied(self: Lifecycle, phase: str, done: int, of: int) -> None:
+        report(self, phase, done, of)
+        seen.append((self.status, self.generating()))
+
+    monkeypatch.setattr(Lifecycle, "report", spied)
+    lifecycle.ready(engine)
+    assert seen == [("ready", engine)]
+
+
 async def test_draining_refuses_new_work_and_stays_alive(client, lifecycle: Lifecycle):
     lifecycle.draining = True
     ready = await client.get("/ready")
