@@ -167,12 +167,17 @@ def _collectives(lowered: jax.stages.Lowered, executable: Executable, config: En
     return collectives_of(module.as_hlo_text(), mesh), "lowered HLO"
 
 
-def have_cpu_devices(count: int) -> None:
-    """Let this process have so many CPU devices, if it has made none yet; `devices_of` says when it has too few."""
+def stay_on_cpu(num_devices: int) -> None:
+    """Let this process have so many CPU devices and look for no others, if it has made none yet.
+
+    Compiling needs no accelerator, and a GPU's plugin without its libraries would not even compile.
+    `devices_of` says when there are too few.
+    """
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:  # they are made
         return
+    jax.config.update("jax_platforms", "cpu")
 
 
 def devices_of(topology: Topology) -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.config import EngineOptions
 from engine.errors import InvalidParam
 from engine.estimate.chips import Topology, topology_of
-from engine.estimate.compiled import How, have_cpu_devices
+from engine.estimate.compiled import How, stay_on_cpu
 from engine.estimate.layouts import Layout, Question, compiled, judged, searched
 from engine.explain import model_of
 from engine.resolve import GIB
@@ -22,7 +22,7 @@ from server.plan_text import facts, table
 
 def run(engine_options: EngineOptions, options: PlanOptions) -> int:
     topologies = [_topology(text, options) for text in options.topology]
-    have_cpu_devices(max((t.num_devices for t in topologies if t.chip.platform == "cpu"), default=1))
+    stay_on_cpu(max((t.num_devices for t in topologies if t.chip.platform == "cpu"), default=1))
     layouts = _searched(engine_options, options, topologies) if options.search else _asked(
         engine_options, options, topologies
     )  # fmt: skip
