@@ -177,6 +177,7 @@ def main() -> int:
         "streams": args.streams,
         "tokens_a_frame": args.device_steps,
         "asked_tokens_per_s": args.tokens_per_s,
+        "long_prompt_tokens": args.long_prompt,
     } | found
     print(report.table(("", "value"), list(row.items())))
     report.finish("front-end", "fake", row)
