@@ -33,7 +33,7 @@ log = logging.getLogger("octavo.server")
 
 Launch = Callable[[Report], ModelHandle]
 
-TICK_S = 0.25  # how often the engine's pulse is taken
+TICK_S = 0.05  # how often the engine's pulse and the event loop's lag are taken
 LAST_WORDS_S = 2.0  # for error events to reach their clients before connections are closed
 
 
