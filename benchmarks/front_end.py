@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.engines import free_port, process
+from benchmarks.engines import free_port, process, until_ready
 from benchmarks.fake_device import FakeDevice, fake_engine
 from engine.config import DEFAULT_MODEL, EngineOptions
 from engine.phases import PHASES
@@ -81,7 +81,7 @@ async def load(port: int, pid: int, streams: int, seconds: float, long_prompt: i
     tasks = [asyncio.create_task(stream(port, i, 1 << 13, seen, opened)) for i in range(streams)]
     for _ in tasks:
         await opened.acquire()
-    while await asyncio.to_thread(metric, port, "vllm:num_requests_running") < streams:
+    while metric(await asyncio.to_thread(scrape, port), "vllm:num_requests_running") < streams:
         await asyncio.sleep(0.2)
     if long_prompt:
         tasks.append(asyncio.create_task(tokenize(port, long_prompt)))
@@ -125,8 +125,8 @@ async def tokenize(port: int, num_tokens: int) -> None:
         writer.close()
 
 
-def metric(port: int, name: str) -> float:
-    found = re.search(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", scrape(port), re.MULTILINE)
+def metric(text: str, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
@@ -137,7 +137,7 @@ def scrape(port: int) -> str:
 
 def snapshot(port: int, pid: int) -> dict[str, float]:
     text = scrape(port)
-    found = {"tokens": metric(port, "vllm:generation_tokens_total"), "cpu_s": cpu_seconds(pid)}
+    found = {"tokens": metric(text, "vllm:generation_tokens_total"), "cpu_s": cpu_seconds(pid)}
     lags = re.finditer(r'^octavo_event_loop_lag_seconds_bucket{le="([^"]+)"} (\S+)$', text, re.MULTILINE)
     phases = re.finditer(r'^octavo_loop_seconds_total{[^}]*phase="(\w+)"} (\S+)$', text, re.MULTILINE)
     return found | {f"le{m[1]}": float(m[2]) for m in lags} | {m[1]: float(m[2]) for m in phases}
@@ -170,8 +170,8 @@ def main() -> int:
         return serve(args.port, args.streams, args.device_steps, step_s)
     port = free_port()
     with process([sys.executable, "-m", "benchmarks.front_end", *sys.argv[1:], "--port", str(port)]) as child:
-        while not ready(port):
-            time.sleep(0.2)
+        for _ in until_ready(child, port):
+            pass
         found = asyncio.run(load(port, child.pid, args.streams, args.seconds, args.long_prompt))
     row = {
         "streams": args.streams,
@@ -182,13 +182,6 @@ def main() -> int:
     print(report.table(("", "value"), list(row.items())))
     report.finish("front-end", "fake", row)
     return 0
-
-
-def ready(port: int) -> bool:
-    try:
-        return "octavo_ready 1.0" in scrape(port)
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

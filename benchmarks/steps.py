@@ -29,12 +29,13 @@ from engine.config import EngineOptions
 from engine.device import device_facts
 from engine.estimate.chips import Topology, topology_of
 from engine.estimate.roofline import Bound, decode_bound
+from engine.load import tokenizer_of
 from engine.loop import Engine
 from engine.phases import PHASES, Span
 from engine.request import Request, SamplingParams
 from engine.runner import Runner
 from engine.start import load_any_engine, model_path
-from engine.text import Tokenizer, load_tokenizer
+from engine.text import Tokenizer
 
 WARM_STEPS = 5
 HOST = tuple(phase for phase in PHASES if phase != "wait")
@@ -147,7 +148,7 @@ def run_fake(
     options: EngineOptions, loads: Sequence[Load], steps: int, step_s: float, decode_steps: int
 ) -> list[dict[str, Any]]:
     """The host alone. Texts are made with the model's tokenizer; its weights are not looked at."""
-    tokenizer = load_tokenizer(model_path(options), None)
+    tokenizer = tokenizer_of(options, model_path(options))
     return [_fake_row(tokenizer, load, steps, step_s, decode_steps) for load in loads]
 
 

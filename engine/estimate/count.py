@@ -162,8 +162,8 @@ class _Counter:
         """times: how often a stage, or the model, has each of the layers."""
         head = "embed" if self.model.tie_embeddings else "lm_head"
         once, turns = self._in_turns()
-        ends, often = (once, turns) if self._is_chained else (self, 1)
-        total = (ends._at("embed")._embedding() + ends._at(head)._logits(self.params[head])) * often
+        ends, times_ends = (once, turns) if self._is_chained else (self, 1)
+        total = (ends._at("embed")._embedding() + ends._at(head)._logits(self.params[head])) * times_ends
         layers: dict[str, Params] = {}
         for name, weight in self.params.items():
             if name.startswith("layers."):
