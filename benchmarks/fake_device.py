@@ -39,24 +39,27 @@ MODEL = ModelConfig(
 
 @dataclass
 class FakeDevice:
-    """One step after the other, each `step_s` long and `token_s` longer by each prompt token of its bucket.
+    """One step after the other, each `step_s` long, `token_s` longer by each prompt token of its bucket, `turn_s` by
+    each token that it draws for a sequence.
 
     `idle_s` is what it waited between them for the host.
     """
 
     step_s: float = 0.0
     token_s: float = 0.0
+    turn_s: float = 0.0
     busy_until_s: float = 0.0
     idle_s: float = 0.0
     steps: int = 0
 
-    def start(self, prompt_tokens: int) -> float:
+    def start(self, prompt_tokens: int, turns: int) -> float:
         """A step is launched now; returns when it will be done, on `time.perf_counter`'s clock."""
         now_s = time.perf_counter()
         if self.steps:
             self.idle_s += max(0.0, now_s - self.busy_until_s)
         self.steps += 1
-        self.busy_until_s = max(now_s, self.busy_until_s) + self.step_s + self.token_s * prompt_tokens
+        takes_s = self.step_s + self.token_s * prompt_tokens + self.turn_s * turns
+        self.busy_until_s = max(now_s, self.busy_until_s) + takes_s
         return self.busy_until_s
 
 
@@ -69,6 +72,9 @@ class FakeArray:
 
     def copy_to_host_async(self) -> None:
         """It is on its way already."""
+
+    def is_ready(self) -> bool:
+        return time.perf_counter() >= self.ready_at_s
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         wait_s = self.ready_at_s - time.perf_counter()
@@ -91,8 +97,9 @@ class FakeExecutable:
     def __call__(self, params: Any, kv: Any, slots: Any, vectors: Sequence[np.ndarray]) -> list[Any]:
         fields = self._layout.split(vectors[0], lambda part, field: part)
         asked = [fields["decode_count"], *([fields["samples"]] if self._key.tokens else [])]
-        ready_at_s = self._device.start(self._key.tokens)
-        values = [self._values[0], np.concatenate(asked), *self._values[2:]]
+        drawn = np.concatenate(asked)
+        ready_at_s = self._device.start(self._key.tokens, int(drawn.max()))
+        values = [self._values[0], drawn, *self._values[2:]]
         return [kv, slots, [FakeArray(value, ready_at_s) for value in values]]
 
 

@@ -56,7 +56,9 @@ class EngineOptions:
     )
     sharding: str = option("single", "how the model is cut over the devices: a name in configs/sharding or a YAML file")
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
-    decode_steps: int | None = option(None, "most tokens a sequence decodes in one device call")
+    decode_steps: int | None = option(
+        None, "tokens a sequence decodes in one device call (default: by load, as many as a short call holds)"
+    )
     speculation: Literal["none", "ngram"] = option(
         "none", "propose tokens from the sequence's own text and verify several at once; the output stays the same"
     )
@@ -116,7 +118,7 @@ class EngineConfig:
     target: Target  # what the programs are compiled for
     page_size: int  # of a whole page, where its tokens are spread over devices
     num_pages: int  # page 0 is the trash page: written by idle rows, read by none
-    decode_steps: int
+    decode_steps: int  # the most of a call
     token_buckets: tuple[int, ...]  # prefill tokens a step, ascending
     prefill_decode_buckets: tuple[int, ...]  # decode rows riding in a prefill step, ascending from 0
     decode_buckets: tuple[int, ...]  # rows of a decode step, ascending
@@ -126,6 +128,8 @@ class EngineConfig:
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
     shards: Shards = WHOLE  # what is cut over which devices
+    fewest_decode_steps: int = 1  # where the call's length goes by load
+    decode_call_s: float | None = None  # that a call should take at most; None: every one has decode_steps
     tpot_slo_s: float | None = None  # that prompts may keep running sequences from their next token
     draft_tokens: int = 0  # proposed for each row of a decode step; 0: no speculation
     state_checkpoints: int | None = None  # recurrent states kept for prefix reuse; None: no layer has a state

@@ -25,9 +25,9 @@ class GroupedScheduler:
 
     def __init__(self, config: EngineConfig, counters: Counters) -> None:
         self.groups = [Scheduler(config, counters, group) for group in range(config.num_groups)]
-        self.prompt_budget = self.groups[0].prompt_budget
+        self.prompt_budget, self.call_length = self.groups[0].prompt_budget, self.groups[0].call_length
         for group in self.groups:
-            group.prompt_budget = self.prompt_budget
+            group.prompt_budget, group.call_length = self.prompt_budget, self.call_length
 
     @property
     def waiting(self) -> list[Sequence]:

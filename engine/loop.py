@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.batch import step_key
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
 from engine.groups import scheduler_of
@@ -61,6 +62,7 @@ class Engine(EngineThread):
         self._layouts = layouts
         self._resharding = threading.Lock()
         self._pending: Launched | None = None
+        self._came_late = False  # the last step was done before the loop looked
 
     # -- called from any thread ---------------------------------------------------------------
 
@@ -143,9 +145,10 @@ class Engine(EngineThread):
 
     def _commit(self, launched: Launched) -> None:
         phases, plan = self.counters.phases, launched.step.plan
+        comes_late = launched.step.is_done()
         result = launched.step.result()
         phases.lap("wait")
-        self._clock(launched, result)
+        self._clock(launched, result, comes_late)
         self.counters.chose(result.expert_tokens)
         events = self.scheduler.commit(plan, result)
         phases.lap("commit")
@@ -154,20 +157,29 @@ class Engine(EngineThread):
         self.outbox.send(told)
         phases.lap("emit")
 
-    def _clock(self, launched: Launched, result: StepResult) -> None:
-        """How long the step took, from when the device could start it."""
-        began_s, self._last_step_s = max(launched.at_s, self._last_step_s), time.monotonic()
-        seconds, name, plan = self._last_step_s - began_s, launched.step.name, launched.step.plan
-        self.counters.step_s[name] = self.counters.step_s.get(name, 0.0) + seconds
+    def _clock(self, launched: Launched, result: StepResult, comes_late: bool) -> None:
+        """How long the step took, from when the device could start it.
+
+        A host that came late to the step before does not know when that was: the sums still add up, but what is
+        learnt from is then the time since the launch. One too long is corrected by the next, one too short is a trap.
+        """
+        began_s, now_s = max(launched.at_s, self._last_step_s), time.monotonic()
+        name, plan = launched.step.name, launched.step.plan
+        self.counters.step_s[name] = self.counters.step_s.get(name, 0.0) + now_s - began_s
+        seconds = now_s - (launched.at_s if self._came_late else began_s)
+        self._last_step_s, self._came_late = now_s, comes_late
         if plan.prefill_rows and plan.decode_rows and self.config.tpot_slo_s is not None:
-            self.scheduler.prompt_budget.observe(plan.most_prefill_tokens, seconds)
-        if self.config.draft_tokens and not plan.prefill_rows:
+            self.scheduler.prompt_budget.observe(step_key(self.config, plan).tokens, seconds)
+        if plan.decode_rows and not plan.prefill_rows:
             self._measure(plan, result, seconds)
 
     def _measure(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """What a decode step brought, with or without proposed tokens."""
         drawn = int(result.decode.num_drawn.sum())
         self.scheduler.speculation.observe(len(plan.decode_rows), plan.drafts, drawn, seconds)
+        if not plan.drafts and self.config.decode_call_s is not None:
+            rows = step_key(self.config, plan).rows
+            self.scheduler.call_length.observe(rows, int(result.decode.num_drawn.max()), seconds)
         if plan.drafts:
             self.counters.draft_tokens += result.num_proposed
             self.counters.accepted_draft_tokens += drawn - int((result.decode.num_drawn > 0).sum())

@@ -5,7 +5,6 @@ A row is "count tokens from start". Knows no JAX; results are numpy arrays.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -116,14 +115,6 @@ class StepPlan:
     def num_prefill_tokens(self) -> int:
         return sum(row.count for row in self.prefill_rows)
 
-    @property
-    def most_prefill_tokens(self) -> int:
-        """Of the group of requests that computes most."""
-        counts = Counter[int]()
-        for row in self.prefill_rows:
-            counts[row.seq.group] += row.count
-        return max(counts.values(), default=0)
-
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
@@ -191,6 +182,7 @@ class PendingStep(Protocol):
     def plan(self) -> StepPlan: ...
     @property
     def name(self) -> str: ...  # of its program
+    def is_done(self) -> bool: ...  # `result` will not wait
     def result(self) -> StepResult: ...
 
 

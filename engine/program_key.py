@@ -21,7 +21,7 @@ _NAMED = re.compile(rb'"((?:engine|pallas_kernels|sharding)(?:\.\w+)+)"')  # a m
 _DATA = ("*.json", "*.cc", "*.h")  # beside the modules: tuned block sizes, the kernels that programs call
 _CPU = "cpu features"
 _HOST_ONLY = {"config.enable_prefix_caching", "config.overlap", "config.max_queued_requests", "config.seed",
-              "config.tpot_slo_s"}  # fmt: skip
+              "config.tpot_slo_s", "config.fewest_decode_steps", "config.decode_call_s"}  # fmt: skip
 _MAX_TOLD = 8
 
 

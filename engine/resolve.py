@@ -6,7 +6,7 @@ Every "auto" of `EngineOptions` is decided here and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from engine.config import EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam
@@ -64,17 +64,19 @@ class Defaults:
     max_num_batched_tokens: int
     max_prefill_rows: int
     page_size: int
-    decode_steps: int
+    fewest_decode_steps: int
+    decode_steps: int  # the most
     draft_tokens: int
     smallest_tokens: int
     smallest_rows: int  # on a CPU 2: one row of bfloat16 falls off XLA's fast path
 
 
 DEFAULTS = {
-    "cpu": Defaults(32, 512, 8, 16, 2, 3, 32, 2),  # 2 steps a call: as fast as 4, and half the wait for newcomers
-    "gpu": Defaults(256, 4096, 16, 32, 8, 4, 64, 4),
-    "tpu": Defaults(256, 4096, 16, 32, 8, 4, 64, 8),
+    "cpu": Defaults(32, 512, 8, 16, 2, 8, 3, 32, 2),  # a launch is work of the same cores: never for one token alone
+    "gpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 4),
+    "tpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 8),
 }
+DECODE_CALL_S = 0.02  # somebody who comes waits for two calls at most: one runs and one is queued behind it
 
 
 def resolve(
@@ -114,7 +116,7 @@ def resolve(
         shards=shards,
         page_size=page_size_of(options.page_size, defaults.page_size, shards),
         num_pages=2,
-        decode_steps=options.decode_steps or (1 if target.loops_copy else defaults.decode_steps),
+        **_call_length(options, target, defaults),
         draft_tokens=draft_tokens_of(options, model, shards, defaults.draft_tokens),
         token_buckets=ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
         prefill_decode_buckets=(0, seqs),
@@ -125,6 +127,17 @@ def resolve(
         max_queued_requests=options.max_queued_requests,
         seed=options.seed,
     )
+
+
+def _call_length(options: EngineOptions, target: Target, defaults: Defaults) -> dict[str, Any]:
+    """Fields of the configuration. A stated number of steps holds for every call."""
+    if options.decode_steps is not None or target.loops_copy:
+        return {"decode_steps": options.decode_steps or 1}
+    return {
+        "decode_steps": defaults.decode_steps,
+        "fewest_decode_steps": defaults.fewest_decode_steps,
+        "decode_call_s": DECODE_CALL_S,
+    }
 
 
 def draft_tokens_of(options: EngineOptions, model: ModelConfig, shards: Shards, default: int) -> int:

@@ -50,6 +50,9 @@ class Pending:
     def name(self) -> str:
         return self.key.name
 
+    def is_done(self) -> bool:
+        return self.output.tokens.is_ready()  # type: ignore[attr-defined]  # the stubs do not know it
+
     def result(self) -> StepResult:
         """Wait for the step and cut its output into the plan's rows."""
         out, prefill = self.output, self.plan.prefill_rows

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from engine.budget import PromptBudget
+from engine.call_length import CallLength
 from engine.config import EngineConfig
 from engine.errors import CapacityError, ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
@@ -31,6 +32,9 @@ class Scheduler:
         self.config = config
         self.counters = counters
         self.speculation = Speculation(config.draft_tokens)
+        self.call_length = CallLength(
+            config.decode_buckets, config.fewest_decode_steps, config.decode_steps, config.decode_call_s
+        )
         self.prompt_budget = PromptBudget(config.token_buckets, config.max_num_batched_tokens, config.tpot_slo_s)
         self.cache = _empty_cache(config)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # by order; all came after all that run
@@ -143,7 +147,7 @@ class Scheduler:
         # Decode rows take their pages first: they are older than whatever is admitted here.
         mixed = self.has_prompts if together is None else together
         drafts = 0 if mixed else self.speculation.drafts(len(self.running))
-        decode_rows = self._plan_decode(1 if mixed else self.config.most_steps(drafts))
+        decode_rows = self._plan_decode(1 if mixed else self._call_tokens(drafts))
         # Preempting above may have made room, but multi-token rows cannot ride along.
         alone = together is None and not decode_rows
         budget = self.prompt_budget.tokens(len(decode_rows))
@@ -156,6 +160,11 @@ class Scheduler:
         return StepPlan(
             tuple(prefill_rows), decode_rows, tuple(admitted), 0 if prefill_rows else drafts, self._num_logprobs > 0
         )
+
+    def _call_tokens(self, drafts: int) -> int:
+        """That each sequence may draw in a call without prompts."""
+        length = self.call_length.tokens(len(self.running), others_wait=bool(self.waiting))
+        return self.config.most_steps(drafts) if drafts else length
 
     def _plan_decode(self, num_steps: int) -> DecodeRows:
         rows = DecodeRows()

@@ -99,6 +99,9 @@ class FakePending:
     step: StepResult | Exception
     name: str = "fake"
 
+    def is_done(self) -> bool:
+        return True
+
     def result(self) -> StepResult:
         if isinstance(self.step, Exception):
             raise self.step
