@@ -17,12 +17,13 @@ from engine import sampler
 from engine.attend import DecodeRows, Memory, cache_view
 from engine.batch import Layout
 from engine.config import EngineConfig
+from engine.forward import KV, Compute, expert_load, logits_of
 from engine.model import decoder
 from engine.model.layers import Params
 from engine.pipeline import Micro
 from engine.sampler import Drawn
 from engine.slots import Slots, add_pages
-from engine.steps import KV, Compute, StepOutput, advance, empty_output, expert_load, logits_of, record, unpack
+from engine.steps import StepOutput, advance, empty_output, record, unpack
 
 State = tuple[Array, Array, KV, Slots, StepOutput, Array | None]
 

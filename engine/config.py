@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from engine.errors import InvalidParam
+from engine.model.config import ModelConfig
 from engine.model.packing import Packings
 from pallas_kernels.target import KVDtype, Target
 from sharding.shards import WHOLE, Shards
@@ -59,8 +60,13 @@ class EngineOptions:
     decode_steps: int | None = option(
         None, "tokens a sequence decodes in one device call (default: by load, as many as a short call holds)"
     )
-    speculation: Literal["none", "ngram"] = option(
-        "none", "propose tokens from the sequence's own text and verify several at once; the output stays the same"
+    speculation: Literal["none", "ngram", "draft"] = option(
+        "none",
+        "propose tokens and verify several at once: ngram from the sequence's own text, draft by a second model; the "
+        "output stays the same",
+    )
+    draft_model: str | None = option(
+        None, "a smaller model with the same vocabulary that proposes tokens, named as the model is"
     )
     draft_tokens: int | None = option(None, "tokens that speculation proposes at once")
     overlap: bool = option(True, "launch a step before the tokens of the last one are read")
@@ -83,8 +89,9 @@ class EngineOptions:
     )
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise InvalidParam("model", "must not be empty")
+        for name in ("model", "draft_model"):
+            if getattr(self, name) == "":
+                raise InvalidParam(name, "must not be empty")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size",
                      "kv_cache_memory_bytes", "decode_steps", "draft_tokens", "max_queued_requests"):  # fmt: skip
             value = getattr(self, name)
@@ -102,6 +109,17 @@ class EngineOptions:
                 raise InvalidParam(name, f"must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.pooling not in (None, "cls", "mean", "last"):
             raise InvalidParam("pooling", f"must be one of cls, mean, last, got {self.pooling!r}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model that proposes tokens, and what of the configuration is its own."""
+
+    model: ModelConfig
+    dtype: Literal["bfloat16", "float32"]
+    kv_cache_dtype: KVDtype
+    stored: Packings
+    shards: Shards  # over the same mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +150,7 @@ class EngineConfig:
     decode_call_s: float | None = None  # that a call should take at most; None: every one has decode_steps
     tpot_slo_s: float | None = None  # that prompts may keep running sequences from their next token
     draft_tokens: int = 0  # proposed for each row of a decode step; 0: no speculation
+    draft: Draft | None = None  # what proposes them; None: the sequence's own text
     state_checkpoints: int | None = None  # recurrent states kept for prefix reuse; None: no layer has a state
 
     @property
@@ -146,6 +165,17 @@ class EngineConfig:
     def most_steps(self, drafts: int) -> int:
         """Tokens that a row of a decode step may draw: with proposed ones, all of those and one more."""
         return drafts + 1 if drafts else self.decode_steps
+
+    def of_draft(self, draft: Draft) -> EngineConfig:
+        """The configuration of the draft model as if it were alone: pages are as many and as long."""
+        return replace(
+            self,
+            draft=None,
+            dtype=draft.dtype,
+            kv_cache_dtype=draft.kv_cache_dtype,
+            stored=draft.stored,
+            shards=draft.shards,
+        )
 
     @property
     def chains_steps(self) -> bool:
@@ -171,6 +201,8 @@ class EngineConfig:
         """Every field, on one line."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["stored"] = f"{len(self.stored)} weights"
+        if self.draft is not None:
+            fields["draft"] = f"{self.draft.model.family} of {self.draft.model.num_layers} layers in {self.draft.dtype}"
         return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 

@@ -12,26 +12,28 @@ from engine.errors import InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.known import known_config, known_models
 from engine.model.weights import open_checkpoint
-from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes, served_specs
+from engine.programs import held_bytes, page_bytes, param_cuts, param_shapes, served_models, served_specs
 from engine.registry import resolve_model
-from engine.resolve import DeviceFacts, resolve, usable_bytes
+from engine.resolve import DeviceFacts, ModelFiles, draft_model_of, resolve, usable_bytes
 from pallas_kernels.target import CHIPS
 from sharding.mesh import parts_of
 
 
 def planned_config(options: EngineOptions, model: ModelConfig, device: DeviceFacts) -> EngineConfig:
     """`options` resolved for devices that need not be there: the weights of a config alone are bfloat16."""
-    return resolve(options, model, "bfloat16", device)
+    name = draft_model_of(options)
+    draft = None if name is None else ModelFiles(model_of(options, name), "bfloat16")
+    return resolve(options, model, "bfloat16", device, draft=draft)
 
 
 def explain(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> dict[str, Any]:
     """Every parameter with its shape, its cut and its bytes on one device; equal ones of several layers are one row."""
     shapes, cuts, rows = param_shapes(model, config), param_cuts(model, config), {}
-    specs = served_specs(model, config)
+    overrides = _overrides(model, config)
     for name, shape in shapes.items():
         where = jax.tree.leaves(cuts[name])
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shape)]
-        override = config.shards.override(name, specs[name].axes)
+        override = overrides[name]
         key = (re.sub(r"layers\.\d+\.", "layers.*.", name), tuple(shape.shape), str(where[0]), override)
         row = rows.setdefault(key, {"count": 0, "bytes": 0})
         row["count"] += 1
@@ -49,12 +51,22 @@ def explain(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> di
     }
 
 
-def model_of(options: EngineOptions) -> ModelConfig:
-    """From a config alone: of a well-known model, or of a checkpoint at hand."""
-    if options.model in known_models():
-        return known_config(options.model, options.max_model_len)
+def _overrides(model: ModelConfig, config: EngineConfig) -> dict[str, str | None]:
+    """Of each parameter, the pattern of a sharding file that its cut is by, if any."""
+    return {
+        prefix + name: own.shards.override(name, spec.axes)
+        for prefix, one, own in served_models(model, config)
+        for name, spec in served_specs(one, own).items()
+    }
+
+
+def model_of(options: EngineOptions, name: str | None = None) -> ModelConfig:
+    """From a config alone: of a well-known model, or of a checkpoint at hand. name: another's than `options.model`."""
+    model = name or options.model
+    if model in known_models():
+        return known_config(model, options.max_model_len)
     root = cache_root(options.cache_dir)
-    path = resolve_model(options.model, cache_dir=root, revision=options.revision)
+    path = resolve_model(model, cache_dir=root, revision=options.revision if name is None else None)
     return open_checkpoint(path, max_model_len=options.max_model_len).config
 
 

@@ -16,7 +16,7 @@ from engine.errors import InvalidParam
 from engine.model.config import DeltaRule, LayerSpec, ModelConfig
 from engine.model.params import param_specs
 from engine.pipeline import micro_of
-from engine.programs import compute_of, local_shapes
+from engine.programs import compute_of, local_shapes, served_models
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.gated_delta import api as gated_delta
 from pallas_kernels.grouped_matmul import api as grouped_matmul
@@ -39,7 +39,9 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
     Raises InvalidParam when an implementation that was asked for by name does not exist or declines.
     """
     try:
-        return list(dict.fromkeys(map(str, _choices(model, config))))
+        return list(
+            dict.fromkeys(str(choice) for _, one, own in served_models(model, config) for choice in _choices(one, own))
+        )
     except (KernelDeclined, ValueError) as error:
         raise InvalidParam("kernel", str(error)) from None
 

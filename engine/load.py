@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from engine.batch import StepKey, lattice
 from engine.bundle import bundle_of, fits
 from engine.config import EngineConfig, EngineOptions, cache_root
 from engine.device import device_facts, give_back_memory
-from engine.errors import CapacityError, InvalidParam
+from engine.errors import CapacityError, InvalidParam, ModelError
 from engine.executables import (
     Compiling,
     Executable,
@@ -42,9 +42,19 @@ from engine.model.weights.packed import summary
 from engine.placement import assembled, placer
 from engine.plan import Layout
 from engine.program_key import ProgramKey, program_key
-from engine.programs import held_bytes, page_bytes, serving_programs, step_program
+from engine.programs import held_bytes, page_bytes, served_models, serving_programs, step_program
+from engine.registry import resolve_model
 from engine.replica import Replica
-from engine.resolve import DeviceFacts, page_size_of, resolve, shards_of, usable_bytes, with_pages
+from engine.resolve import (
+    DeviceFacts,
+    ModelFiles,
+    draft_model_of,
+    page_size_of,
+    resolve,
+    shards_of,
+    usable_bytes,
+    with_pages,
+)
 from engine.runner import Runner
 from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
@@ -67,6 +77,8 @@ def load_engine(
     report(phase, done, of) is called from this thread as phases go on. replica: which this process leads.
     """
     tokenizer = None if options.skip_tokenizer_init else tokenizer_of(options, path)
+    if tokenizer is not None and (drafting := draft_path(options)) is not None:
+        check_same_tokens(tokenizer, drafting)
     runner, checkpoint = load_runner(options, path, report, replica)
     report("warm up", 0, 1)
     runner.warm_up()
@@ -93,15 +105,19 @@ def load_runner(
     """Weights and programs on the devices; of a replica, this process's part of them."""
     counters = Counters()
     count_compiles(counters)
-    checkpoint = open_checkpoint(path, max_model_len=options.max_model_len)
-    model, device = checkpoint.config, device_facts()
-    config, cache = sized_and_kept(options, checkpoint, device, replica)
+    checkpoints, device = open_checkpoints(options, path), device_facts()
+    checkpoint, model = checkpoints[0], checkpoints[0].config
+    config, cache = sized_and_kept(options, checkpoints, device, replica)
     log.info("%s on %s: %s", options.model, device.platform, config.summary())
     for line in kernel_choices(model, config):
         log.info("%s", line)
     programs = serving_programs(model, config, mesh_of(config.shards))
     with Compiling(programs, cache) as compiling:  # beside the weights, which wait for the disk
-        params = load_params(checkpoint, config, report)
+        params = {
+            prefix + name: array
+            for opened, (prefix, _, own) in zip(checkpoints, served_models(model, config), strict=True)
+            for name, array in load_params(opened, own, report).items()
+        }
         executables = compiling.result(report)
     give_back_memory()  # before the pool is made: what reading needed is not in the peak
     _check_fits(model, config, executables, device)
@@ -110,20 +126,20 @@ def load_runner(
 
 
 def sized_and_kept(
-    options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts, replica: Replica | None
+    options: EngineOptions, checkpoints: Sequence[Checkpoint], device: DeviceFacts, replica: Replica | None
 ) -> tuple[EngineConfig, ProgramCache]:
     """The configuration with its KV pool, and where its programs are: in a bundle that is for it, else in the cache.
 
     A bundle's pool is as large as where it was made, unless a size is asked for: `_check_fits` judges it.
     """
-    model, config = checkpoint.config, configure(options, checkpoint, device)
+    model, config = checkpoints[0].config, configure(options, checkpoints, device)
     if replica is not None:
         if options.programs is not None:
             raise InvalidParam("programs", "is for one process; those of a replica compile their own")
         return replica.agree(
             size_pool(options, model, config, device, lambda config: NoProgramCache())
         ), NoProgramCache()
-    bundle, cache_for = bundle_of(options, checkpoint.source), caches(options, model)
+    bundle, cache_for = bundle_of(options, checkpoints[0].source), caches(options, model)
     if bundle is not None:
         pages, wanted = bundle.num_pages, options.kv_cache_memory_bytes
         if pages is None or wanted is not None:
@@ -147,23 +163,38 @@ def caches(options: EngineOptions, model: ModelConfig) -> CacheFor:
 
 def closed_set(options: EngineOptions, path: Path) -> tuple[ProgramKey, list[Program], ProgramCache]:
     """What `load_engine` would compile for the model at `path`, and where it would keep it; reads no weights."""
-    checkpoint, device = open_checkpoint(path, max_model_len=options.max_model_len), device_facts()
-    model, cache_for = checkpoint.config, caches(options, checkpoint.config)
-    config = size_pool(options, model, configure(options, checkpoint, device), device, cache_for)
+    checkpoints, device = open_checkpoints(options, path), device_facts()
+    model, cache_for = checkpoints[0].config, caches(options, checkpoints[0].config)
+    config = size_pool(options, model, configure(options, checkpoints, device), device, cache_for)
     kernel_choices(model, config)  # raises for what was asked for by name and is not there
     return key_of(model, config), serving_programs(model, config, mesh_of(config.shards)), cache_for(config)
 
 
-def configure(options: EngineOptions, checkpoint: Checkpoint, device: DeviceFacts) -> EngineConfig:
-    """Resolved for a checkpoint that may be quantized; says what becomes of it."""
-    specs = param_specs(checkpoint.config, jnp.dtype(checkpoint.dtype))
-    stored = checkpoint.stored(specs)
-    packings = tuple((name, weight.packing) for name, weight in stored.items() if weight.packing)
-    config = resolve(options, checkpoint.config, checkpoint.dtype, device, packings)
+def draft_path(options: EngineOptions) -> Path | None:
+    """Where the files of the draft model are; None: there is none."""
+    name = draft_model_of(options)
+    return None if name is None else resolve_model(name, cache_dir=cache_root(options.cache_dir))
+
+
+def open_checkpoints(options: EngineOptions, path: Path) -> list[Checkpoint]:
+    """Of the model at `path`, and of the one that shall draft for it, if one shall."""
+    paths = (path, draft_path(options))
+    return [open_checkpoint(each, max_model_len=options.max_model_len) for each in paths if each is not None]
+
+
+def configure(options: EngineOptions, checkpoints: Sequence[Checkpoint], device: DeviceFacts) -> EngineConfig:
+    """Resolved for checkpoints that may be quantized; says what becomes of them."""
+    stored = [opened.stored(param_specs(opened.config, jnp.dtype(opened.dtype))) for opened in checkpoints]
+    model, *draft = [
+        ModelFiles(opened.config, opened.dtype, tuple((name, w.packing) for name, w in there.items() if w.packing))
+        for opened, there in zip(checkpoints, stored, strict=True)
+    ]
+    config = resolve(options, model.model, model.native_dtype, device, model.stored, *draft)
     if config.quantization is None:
-        specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
-        for line in summary(stored, dict(config.stored), specs):
-            log.info("%s", line)
+        for there, (_, one, own) in zip(stored, served_models(model.model, config), strict=True):
+            specs = param_specs(one, jnp.dtype(own.dtype))
+            for line in summary(there, dict(own.stored), specs):
+                log.info("%s", line)
     return config
 
 
@@ -176,6 +207,19 @@ def display_name(model: str) -> str:
 def tokenizer_of(options: EngineOptions, path: Path) -> Tokenizer:
     source = Path(options.tokenizer) if options.tokenizer else path
     return load_tokenizer(source, Path(options.chat_template) if options.chat_template else None)
+
+
+def check_same_tokens(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises InvalidParam where a draft model means other text by a token; special tokens may be spelt otherwise."""
+    try:
+        theirs = load_tokenizer(path)
+    except ModelError as error:  # it brings none: the sizes of the vocabularies are compared
+        log.info("tokens of the draft model are taken to be the model's: %s", error)
+        return
+    for token, piece in tokenizer.pieces.plain.items():
+        there = theirs.pieces.plain.get(token, b"")
+        if piece and there and piece != there:
+            raise InvalidParam("draft_model", f"token {token} is {there!r} there, and {piece!r} in the model")
 
 
 def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) -> dict[str, Any]:
@@ -202,6 +246,8 @@ def layouts(
 
     def prepare(sharding: str) -> Layout:
         model, counters = runner.model, runner.counters
+        if runner.config.draft is not None:
+            raise InvalidParam("sharding", "cannot change while a draft model proposes tokens")
         shards = shards_of(sharding, model, device.count)
         if shards.num_groups != runner.config.num_groups:
             raise InvalidParam(
@@ -238,7 +284,7 @@ def size_pool(
         ample = sized(TEMPORARY_GUESS_BYTES) if options.kv_cache_memory_bytes is None else sized(0)
         if ample == sized(0):
             return ample
-    largest = max(lattice(config)), StepKey(0, config.decode_buckets[-1])
+    largest = max(lattice(config)), StepKey(0, config.decode_buckets[-1], config.draft_tokens)
     probes = [
         compile_one(step_program(model, config, key, mesh_of(config.shards)), cache_for(config)) for key in largest
     ]

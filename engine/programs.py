@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,18 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from engine import chained, steps
+from engine import chained, draft_model, steps
 from engine.batch import Layout, StepKey, configure_layout, lattice, step_layout
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.executables import Program
+from engine.forward import Compute
 from engine.model.config import ModelConfig
 from engine.model.params import param_specs
 from engine.model.place import local_model, one_stage, served_model, stage_of
 from engine.model.quantization import packed_shape, packing_of
 from engine.recur import LayerStates, states_shape
 from engine.slots import Slots, slots_shape
-from engine.steps import Compute, StepOutput
+from engine.steps import StepOutput
 from pallas_kernels.kv_layout import kv_layout
 from pallas_kernels.quantized import tree_bytes
 from sharding.mesh import param_cut
@@ -31,6 +33,14 @@ from sharding.shards import Shards, scope_of
 Shapes = jax.ShapeDtypeStruct
 
 
+def served_models(model: ModelConfig, config: EngineConfig) -> Iterator[tuple[str, ModelConfig, EngineConfig]]:
+    """The model and the one that drafts for it, if one does, each as if it were alone, behind what the names of its
+    parameters begin with."""
+    yield "", model, replace(config, draft=None)
+    if config.draft is not None:
+        yield draft_model.PREFIX, config.draft.model, config.of_draft(config.draft)
+
+
 def served_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpec]:
     """The parameters as the devices hold them: in the engine's dtype, a KV head as often as it is asked for, of layers
     in stages those of one."""
@@ -38,11 +48,12 @@ def served_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpe
 
 
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
-    """Abstract parameters as they are on the devices. Of layers in stages, those that stand at the same place in each
-    are one array, one behind the other along its first dimension."""
+    """Abstract parameters as they are on the devices, a draft model's too. Of layers in stages, those that stand at the
+    same place in each are one array, one behind the other along its first dimension."""
     return {
-        name: jax.tree.map(partial(_times, _num_stages(config, name)), shape)
-        for name, shape in stage_shapes(model, config).items()
+        prefix + name: jax.tree.map(partial(_times, _num_stages(own, name)), shape)
+        for prefix, one, own in served_models(model, config)
+        for name, shape in stage_shapes(one, own).items()
     }
 
 
@@ -72,7 +83,8 @@ def compute_of(model: ModelConfig, config: EngineConfig) -> Compute:
         layout = kv_layout(local.num_kv_heads, model.head_dim, dtype, platform)
     else:
         layout = kv_layout(1, model.latent.row_dim, dtype, platform, value_dim=model.latent.kv_rank)
-    return Compute(local, layout, config.page_size, config.target, config.shards)
+    draft = config.draft and compute_of(config.draft.model, config.of_draft(config.draft))
+    return Compute(local, layout, config.page_size, config.target, config.shards, draft)
 
 
 def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
@@ -86,8 +98,11 @@ def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
         first = (cut[0],) if isinstance(cut[0], str) else cut[0] or ()
         return PartitionSpec((*stages, *first), *cut[1:])
 
-    cuts = stage_cuts(model, config)
-    return {name: jax.tree.map(staged, cut) if _num_stages(config, name) > 1 else cut for name, cut in cuts.items()}
+    return {
+        prefix + name: jax.tree.map(staged, cut) if _num_stages(own, name) > 1 else cut
+        for prefix, one, own in served_models(model, config)
+        for name, cut in stage_cuts(one, own).items()
+    }
 
 
 def stage_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
@@ -127,8 +142,12 @@ def held_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:
-    """Of what each layer keeps. Pages are cut by KV heads; a latent row serves all heads and is on every device.
-    Where pages are spread over a sequence's devices, each has some of every page's tokens."""
+    """Of what each layer keeps, as in `kv_shapes`. Pages are cut by KV heads; a latent row serves all heads and is on
+    every device. Where pages are spread over a sequence's devices, each has some of every page's tokens."""
+    return tuple(cut for _, one, own in served_models(model, config) for cut in _own_kv_cuts(one, own))
+
+
+def _own_kv_cuts(model: ModelConfig, config: EngineConfig) -> tuple[PartitionSpec, ...]:
     shards = config.shards
     groups, heads = group_cut(config), shards.axes("kv_heads") or None if model.latent is None else None
     own = (*shards.axes("layers"), *shards.axes("requests")) or None
@@ -152,7 +171,12 @@ def _times(count: int, leaf: Shapes) -> Shapes:
 
 
 def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerStates, ...]:
-    """What each layer keeps, abstract: pages [pages, page_size, layout.width], or recurrent states."""
+    """What each layer keeps, abstract: pages [pages, page_size, layout.width], or recurrent states. Behind the layers
+    of the model stand those of one that drafts for it."""
+    return tuple(kept for _, one, own in served_models(model, config) for kept in _own_kv_shapes(one, own))
+
+
+def _own_kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerStates, ...]:
     layout = compute_of(model, config).kv
     parts = 1 if model.latent else config.shards.count("kv_heads")
     num_pages = config.shards.count("layers") * config.num_pages
@@ -163,7 +187,11 @@ def kv_shapes(model: ModelConfig, config: EngineConfig) -> tuple[Shapes | LayerS
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Bytes on one device of one page in all layers; 0 where no layer attends."""
+    """Bytes on one device of one page in all layers, a draft model's too; 0 where no layer attends."""
+    return sum(_own_page_bytes(one, own) for _, one, own in served_models(model, config))
+
+
+def _own_page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     stage = one_stage(model, config.shards)
     num_paged = stage.num_layers - stage.num_recurrent_layers
     return config.part_size * compute_of(model, config).kv.token_bytes * num_paged
@@ -184,16 +212,22 @@ def serving_programs(model: ModelConfig, config: EngineConfig, mesh: Mesh | None
 
 
 def empty_programs(model: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> list[Program]:
-    """Zeros on the devices: the slots, and what one layer of each kind keeps (see `layer_kinds`)."""
+    """Zeros on the devices: the slots, and what one layer of each kind keeps (see `layer_makers`)."""
     slots, groups = over_groups(config, slots_of(model, config)), group_cut(config)
-    cuts = dict(zip(kv_shapes(model, config), kv_cuts(model, config), strict=True))
-    layers = (_empty(name, kind, cuts[kind], config, mesh) for kind, name in layer_kinds(model, config).items())
+    kinds = dict(zip(layer_makers(model, config), _kept(model, config), strict=True))
+    layers = (_empty(name, *kind, config, mesh) for name, kind in kinds.items())
     return [_empty("empty_slots", slots, groups, config, mesh), *layers]
 
 
-def layer_kinds(model: ModelConfig, config: EngineConfig) -> dict[Shapes | LayerStates, str]:
-    """What layers keep, each kind once, and the name of the program that makes it."""
-    return {kind: f"empty_layer_{i}" for i, kind in enumerate(dict.fromkeys(kv_shapes(model, config)))}
+def layer_makers(model: ModelConfig, config: EngineConfig) -> list[str]:
+    """The name of the program that makes what each layer keeps; layers of a kind share it."""
+    kept = _kept(model, config)
+    names = {kind: f"empty_layer_{i}" for i, kind in enumerate(dict.fromkeys(kept))}
+    return [names[kind] for kind in kept]
+
+
+def _kept(model: ModelConfig, config: EngineConfig) -> list[tuple[Shapes | LayerStates, PartitionSpec]]:
+    return list(zip(kv_shapes(model, config), kv_cuts(model, config), strict=True))
 
 
 def _empty(name: str, whole: Any, cut: PartitionSpec, config: EngineConfig, mesh: Mesh | None) -> Program:
@@ -262,4 +296,5 @@ def configure_program(model: ModelConfig, config: EngineConfig, mesh: Mesh | Non
 
 def slots_of(model: ModelConfig, config: EngineConfig) -> Slots:
     history_len = config.max_model_len if config.draft_tokens else 0
-    return slots_shape(config.max_num_seqs, config.max_pages_per_seq, model.vocab_size, history_len)
+    shape = (config.max_num_seqs, config.max_pages_per_seq, model.vocab_size, history_len)
+    return slots_shape(*shape, has_draft=config.draft is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from engine.config import EngineConfig, EngineOptions
+from engine.config import Draft, EngineConfig, EngineOptions
 from engine.errors import CapacityError, InvalidParam
 from engine.model.config import ModelConfig
 from engine.model.packing import Packings
@@ -79,18 +79,30 @@ DEFAULTS = {
 DECODE_CALL_S = 0.02  # somebody who comes waits for two calls at most: one runs and one is queued behind it
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a checkpoint's files say: the model, its dtype, and the parameters that are packed, and how."""
+
+    model: ModelConfig
+    native_dtype: str
+    stored: Packings = ()
+
+
 def resolve(
     options: EngineOptions,
     model: ModelConfig,
     native_dtype: str,
     device: DeviceFacts,
     stored: Packings = (),
+    draft: ModelFiles | None = None,
 ) -> EngineConfig:
     """Concrete configuration but for the KV pool, which `with_pages` sizes (num_pages is 2 until then).
 
-    stored: the parameters that the checkpoint has packed, and how. Raises InvalidParam, also where the
-    sharding file is wrong or does not fit the model and its devices.
+    stored: the parameters that the checkpoint has packed, and how. draft: of `options.draft_model`. Raises
+    InvalidParam, also where the sharding file is wrong or does not fit the model and its devices.
     """
+    if (draft is None) != (draft_model_of(options) is None):
+        raise ValueError("a draft model is asked for, and its files are given, or neither")
     defaults = DEFAULTS[device.platform]
     max_model_len = options.max_model_len or model.max_position
     if max_model_len > model.max_position:
@@ -102,7 +114,7 @@ def resolve(
     tokens = -(-(options.max_num_batched_tokens or defaults.max_num_batched_tokens) // shards.num_groups)
     asked = options.quantization
     target = target_of(device, options.kernel)
-    return EngineConfig(
+    config = EngineConfig(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=seqs,
@@ -110,7 +122,7 @@ def resolve(
         max_prefill_rows=min(defaults.max_prefill_rows, seqs),
         kv_cache_dtype=_KV_DTYPES.get(options.kv_cache_dtype, dtype),
         quantization=None if asked in ("auto", "stored", "none") else asked,
-        stored=stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else (),
+        stored=_kept_packed(options, device, stored),
         state_checkpoints=checkpoints,
         target=target,
         shards=shards,
@@ -127,6 +139,7 @@ def resolve(
         max_queued_requests=options.max_queued_requests,
         seed=options.seed,
     )
+    return config if draft is None else replace(config, draft=_draft(options, model, config, draft, device))
 
 
 def _call_length(options: EngineOptions, target: Target, defaults: Defaults) -> dict[str, Any]:
@@ -140,6 +153,15 @@ def _call_length(options: EngineOptions, target: Target, defaults: Defaults) -> 
     }
 
 
+def draft_model_of(options: EngineOptions) -> str | None:
+    """The model that shall propose tokens, if one shall. Raises InvalidParam where only half of it is asked for."""
+    if options.draft_model is not None and options.speculation != "draft":
+        raise InvalidParam("draft_model", "is for speculation draft")
+    if options.draft_model is None and options.speculation == "draft":
+        raise InvalidParam("speculation", "draft needs draft_model")
+    return options.draft_model
+
+
 def draft_tokens_of(options: EngineOptions, model: ModelConfig, shards: Shards, default: int) -> int:
     """Tokens to propose at once; 0 without speculation. Raises InvalidParam where it is not there."""
     if options.speculation == "none":
@@ -151,6 +173,39 @@ def draft_tokens_of(options: EngineOptions, model: ModelConfig, shards: Shards, 
     if shards.num_groups > 1:
         raise InvalidParam("speculation", "is not there where sharding divides requests")
     return options.draft_tokens or default
+
+
+def _kept_packed(options: EngineOptions, device: DeviceFacts, stored: Packings) -> Packings:
+    """Of what a checkpoint has packed, what stays so."""
+    asked = options.quantization
+    return stored if asked == "stored" or (asked == "auto" and device.platform != "cpu") else ()
+
+
+def _draft(
+    options: EngineOptions, model: ModelConfig, config: EngineConfig, files: ModelFiles, device: DeviceFacts
+) -> Draft:
+    """What becomes of the draft model beside the model, under its configuration. Raises InvalidParam where it cannot
+    draft for it."""
+    drafting = files.model
+    if drafting.vocab_size != model.vocab_size:
+        raise InvalidParam(
+            "draft_model", f"has a vocabulary of {drafting.vocab_size} tokens, the model one of {model.vocab_size}"
+        )
+    if drafting.recurrence is not None:
+        raise InvalidParam("draft_model", "has recurrent layers, whose states cannot forget refused tokens")
+    if drafting.max_position < config.max_model_len:
+        raise InvalidParam(
+            "draft_model", f"has {drafting.max_position} positions; max_model_len {config.max_model_len} exceeds them"
+        )
+    if config.shards.count("layers") > 1:
+        raise InvalidParam("speculation", "draft is not there where sharding cuts layers into stages")
+    try:
+        cut = shards_of(options.sharding, drafting, device.count)
+    except InvalidParam as error:
+        raise InvalidParam("draft_model", str(error)) from None
+    dtype = dtype_of(options.dtype, files.native_dtype, device)
+    kv_cache_dtype = _KV_DTYPES.get(options.kv_cache_dtype, dtype)
+    return Draft(drafting, dtype, kv_cache_dtype, _kept_packed(options, device, files.stored), cut)
 
 
 def page_size_of(asked: int | None, default: int, shards: Shards) -> int:

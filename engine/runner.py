@@ -31,7 +31,7 @@ from engine.executables import Executable
 from engine.model.config import ModelConfig
 from engine.placement import move
 from engine.plan import DecodeResult, DecodeRows, PromptLogprobs, StepPlan, StepResult
-from engine.programs import kv_shapes, layer_kinds
+from engine.programs import layer_makers
 from engine.sequence import Sequence
 from engine.stats import Counters
 from engine.steps import StepOutput
@@ -139,8 +139,7 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh KV cache and slots, as at start or after a failed step."""
-        makers = layer_kinds(self.model, self.config)
-        layers = (self.executables[makers[kind]]() for kind in kv_shapes(self.model, self.config))
+        layers = (self.executables[name]() for name in layer_makers(self.model, self.config))
         self._kv = [array for (layer,) in layers for array in layer]
         (self._slots,) = self.executables["empty_slots"]()
 

@@ -31,7 +31,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, counters: Counters, group: int = 0) -> None:
         self.config = config
         self.counters = counters
-        self.speculation = Speculation(config.draft_tokens)
+        self.speculation = Speculation(config.draft_tokens, lags=config.draft is not None)
         self.call_length = CallLength(
             config.decode_buckets, config.fewest_decode_steps, config.decode_steps, config.decode_call_s
         )

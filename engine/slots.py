@@ -54,14 +54,17 @@ class Slots:
     bias_values: Array  # float32 [slots, MAX_LOGIT_BIAS]
     allowed_bits: Array  # uint32 [slots, vocab / 32], bit set: may be drawn; valid with USES_MASK
     history: Array | None = None  # int32 [slots, longest sequence], its tokens; None: nothing is proposed from them
+    drafted: Array | None = None  # int32 [slots], its first tokens that have KV of a draft model; None: there is none
 
 
-def slots_shape(num_seqs: int, pages_per_seq: int, vocab_size: int, history_len: int = 0) -> Slots:
+def slots_shape(
+    num_seqs: int, pages_per_seq: int, vocab_size: int, history_len: int = 0, *, has_draft: bool = False
+) -> Slots:
     """Abstract `Slots` for `num_seqs` sequences and the idle row."""
-    return jax.eval_shape(lambda: _empty_slots(num_seqs + 1, pages_per_seq, vocab_size, history_len))
+    return jax.eval_shape(lambda: _empty_slots(num_seqs + 1, pages_per_seq, vocab_size, history_len, has_draft))
 
 
-def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int, history_len: int) -> Slots:
+def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int, history_len: int, has_draft: bool) -> Slots:
     ints, floats = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), jnp.float32)
     return Slots(
         last_token=ints,
@@ -88,6 +91,7 @@ def _empty_slots(rows: int, pages_per_seq: int, vocab_size: int, history_len: in
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
         allowed_bits=jnp.zeros((rows, -(-vocab_size // 32)), jnp.uint32),
         history=jnp.zeros((rows, history_len), jnp.int32) if history_len else None,
+        drafted=ints if has_draft else None,
     )
 
 
@@ -98,3 +102,17 @@ def add_pages(slots: Slots, slot: Array, first: Array, pages: Array) -> Slots:
     columns = jnp.where(pages >= 0, columns, width)  # out of range: dropped
     tables = slots.block_tables.at[slot[:, None], columns].set(pages, mode="drop")
     return replace(slots, block_tables=tables)
+
+
+def history_of(slots: Slots) -> Array:
+    """int32 [slots, longest sequence]: every sequence's tokens. ValueError where they are not kept."""
+    if slots.history is None:
+        raise ValueError("slots were made without a history")
+    return slots.history
+
+
+def drafted_of(slots: Slots) -> Array:
+    """int32 [slots], see `Slots.drafted`. ValueError without a draft model."""
+    if slots.drafted is None:
+        raise ValueError("slots were made without a draft model")
+    return slots.drafted

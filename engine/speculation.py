@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 TRIALS = 4  # steps of each way before they are compared
-PROBE_EVERY = 64  # steps, after which the slower way gets another try: texts change
+PROBE_EVERY = 64  # steps, of which the slower way gets the last: texts change
 WEIGHT = 0.1  # of a new measurement
 
 
@@ -30,6 +30,8 @@ class Speculation:
     """Chooses between decode steps with `draft_tokens` proposed tokens a sequence and those with none."""
 
     draft_tokens: int
+    lags: bool = False  # the first step with proposals behind plain ones catches up, which says nothing of the others
+    _was_plain: bool = False
     _paces: dict[tuple[int, bool], Pace] = field(default_factory=dict)
     _since_probe: dict[int, int] = field(default_factory=dict)
 
@@ -40,15 +42,20 @@ class Speculation:
         size = num_seqs.bit_length()
         plain, drafted = self._pace(size, drafted=False), self._pace(size, drafted=True)
         if min(plain.steps, drafted.steps) < TRIALS:
-            return self.draft_tokens if drafted.steps <= plain.steps else 0
+            return self.draft_tokens if drafted.steps < TRIALS else 0
         better = drafted.tokens_per_s > plain.tokens_per_s
         since = self._since_probe.get(size, 0) + 1
         self._since_probe[size] = since % PROBE_EVERY
-        return self.draft_tokens if better != (since == PROBE_EVERY) else 0
+        probes = since > PROBE_EVERY - (2 if self.lags else 1)
+        return self.draft_tokens if better != probes else 0
 
     def observe(self, num_seqs: int, drafts: int, num_tokens: int, seconds: float) -> None:
         """A decode step of so many sequences drew `num_tokens` in `seconds`."""
-        if self.draft_tokens and num_seqs and seconds > 0:
+        if not self.draft_tokens or not num_seqs or seconds <= 0:
+            return
+        catches_up = self.lags and self._was_plain and drafts > 0
+        self._was_plain = not drafts
+        if not catches_up:
             self._pace(num_seqs.bit_length(), drafted=drafts > 0).add(num_tokens / seconds)
 
     def _pace(self, size: int, *, drafted: bool) -> Pace:

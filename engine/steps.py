@@ -12,41 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import drafts, pipeline, sampler
-from engine.attend import DecodeRows, Memory, PrefillRows, cache_view
+from engine import draft_model, drafts, sampler
+from engine.attend import DecodeRows, PrefillRows
 from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
-from engine.model import decoder
+from engine.forward import KV, Compute, chunk_rows, forward, logits_of, nobody
 from engine.model.config import ModelConfig
 from engine.model.layers import Params
-from engine.model.place import Place
-from engine.pages import TRASH_PAGE
-from engine.recur import LayerStates
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
-from engine.slots import Sampling, Slots, add_pages
-from pallas_kernels.kv_layout import KVLayout
+from engine.slots import Sampling, Slots, add_pages, history_of
 from pallas_kernels.states import PrefillStates
-from pallas_kernels.target import Target
-from sharding.shards import WHOLE, Shards
 
-# What each layer keeps: pages [pages, page_size, layout.width], see `pallas_kernels.kv_layout`, or states.
-KV = tuple[Array | LayerStates, ...]
 PROMPT_LOGPROB_TOKENS = 32  # prompt positions whose logits exist at once
-
-
-@dataclass(frozen=True)
-class Compute:
-    """What every step program is traced from, static: a model, over pages of a layout, on a chip."""
-
-    model: ModelConfig
-    kv: KVLayout
-    page_size: int
-    target: Target
-    shards: Shards = WHOLE  # model, kv layout and what the programs hold are one device's share
-
-    @property
-    def place(self) -> Place:
-        return Place(self.target, self.shards)
 
 
 @jax.tree_util.register_dataclass
@@ -121,11 +98,13 @@ def verify_step(
     slots = add_pages(slots, slot, batch["first_new_page"], batch["new_pages"])
     sampling, position, rows = slots.sampling.rows(slot), slots.position[slot], slot.shape[0]
     active = slots.active[slot] & (batch["decode_count"] > 0)
-    proposed = drafts.propose(known(slots)[slot], position, max_steps - 1)
+    if compute.draft is None:
+        proposed = drafts.propose(history_of(slots)[slot], position, max_steps - 1)
+    else:
+        kv, proposed = draft_model.propose(compute, params, kv, slots, slot, active, max_steps - 1)
     tokens = jnp.concatenate([slots.last_token[slot][:, None], jnp.maximum(proposed, 0)], axis=1)
-    kv, hidden, load = forward(
-        compute, params, kv, tokens.reshape(-1), nobody(slots), verified_rows(slots, slot, active, max_steps)
-    )
+    chunks = chunk_rows(slots, slot, active, position, max_steps)
+    kv, hidden, load = forward(compute, params, kv, tokens.reshape(-1), nobody(slots), chunks)
     logits = logits_of(compute, params, hidden).reshape(rows, max_steps, -1)
     out = replace(
         empty_output(compute.model, rows, max_steps, verifies=True),
@@ -145,8 +124,10 @@ def verify_step(
     def more(state: tuple[Array, Array, Slots, StepOutput]) -> Array:
         return (state[0] < max_steps) & compute.place.any(state[1])
 
-    _, _, slots, out = jax.lax.while_loop(more, turn, (jnp.int32(0), active, slots, out))
-    return kv, slots, out
+    _, _, after, out = jax.lax.while_loop(more, turn, (jnp.int32(0), active, slots, out))
+    if compute.draft is not None:
+        after = draft_model.keep_count(slots, after, slot, active, max_steps - 1)
+    return kv, after, out
 
 
 def prefill_step(
@@ -161,7 +142,10 @@ def prefill_step(
     copy_to = decode_copies(batch, position)
     decode = DecodeRows(riders, position, slots.active[riders], slots.block_tables[riders], copy_to)
     tokens = jnp.concatenate([slots.last_token[riders], batch["tokens"]])
-    kv, hidden, load = forward(compute, params, kv, tokens, decode, prefill_rows(batch))
+    chunks = prefill_rows(batch)
+    kv, hidden, load = forward(compute, params, kv, tokens, decode, chunks)
+    if compute.draft is not None:
+        kv = draft_model.read_prompts(compute, params, kv, slots, batch["tokens"], chunks)
     num_riders = riders.shape[0]
     last = num_riders + batch["q_start"] + jnp.maximum(batch["q_len"], 1) - 1
     slot = jnp.concatenate([riders, batch["slot"]])
@@ -211,59 +195,10 @@ def configure(layout: Layout, slots: Slots, vector: Array) -> Slots:
     )
 
 
-def forward(
-    compute: Compute,
-    params: Params,
-    kv: KV,
-    tokens: Array,
-    decode: DecodeRows,
-    prefill: PrefillRows | None,
-) -> tuple[KV, Array, Array | None]:
-    """Hidden states [tokens, embed] of decode rows then prefill tokens, whose KV is written first; and how many
-    tokens chose each expert of each layer."""
-    view, positions = cache_view(decode, prefill, tokens.shape[0], compute.page_size)
-    attend = Memory(compute.kv, compute.place)
-    model, place = compute.model, compute.place
-    run = decoder.hidden_states if place.count("layers") == 1 else pipeline.hidden_states
-    hidden, kv, chosen = run(model, params, tokens, positions, kv, view, attend, place)
-    return kv, hidden, place.total(expert_load(model, chosen, view.is_live)) if chosen else None
-
-
-def expert_load(model: ModelConfig, chosen: tuple[Array, ...], is_live: Array) -> Array:
-    """int32 [layers with experts, experts]: tokens that chose each, those of idle rows and padding left out."""
-    count = model.experts.num_experts if model.experts else 0
-    experts = jnp.stack(chosen)
-    one = jnp.broadcast_to(is_live.astype(jnp.int32)[None, :, None], experts.shape)
-    layer = jnp.arange(len(chosen), dtype=jnp.int32)[:, None, None]
-    return jnp.zeros((len(chosen), count), jnp.int32).at[layer, experts].add(one)
-
-
 def _no_load(model: ModelConfig) -> Array | None:
     """None: no layer has experts."""
     layers = sum(layer.ffn == "experts" for layer in model.layers)
     return jnp.zeros((layers, model.experts.num_experts), jnp.int32) if model.experts and layers else None
-
-
-def nobody(slots: Slots) -> DecodeRows:
-    """No decode rows."""
-    none = jnp.zeros((0,), jnp.int32)
-    return DecodeRows(none, none, none != 0, slots.block_tables[:0])
-
-
-def verified_rows(slots: Slots, slot: Array, active: Array, count: int) -> PrefillRows:
-    """`count` tokens of each row from its position on. What has no page goes to the trash page: tokens of idle
-    rows, and those that the sequence will not have room for."""
-    tables = jnp.where(active[:, None], slots.block_tables[slot], TRASH_PAGE)
-    tables = jnp.pad(tables, ((0, 0), (0, count)), constant_values=TRASH_PAGE)  # a page may hold one token
-    starts = count * jnp.arange(slot.shape[0], dtype=jnp.int32)
-    return PrefillRows(starts, jnp.full_like(starts, count), jnp.where(active, slots.position[slot], 0), tables)
-
-
-def known(slots: Slots) -> Array:
-    """int32 [slots, longest sequence]: every sequence's tokens."""
-    if slots.history is None:
-        raise ValueError("slots were made without a history")
-    return slots.history
 
 
 def decode_copies(batch: dict[str, Array], position: Array) -> Array | None:
@@ -282,11 +217,6 @@ def prefill_rows(batch: dict[str, Array]) -> PrefillRows:
     return PrefillRows(batch["q_start"], batch["q_len"], batch["position"], batch["block_table"], states)
 
 
-def logits_of(compute: Compute, params: Params, hidden: Array) -> Array:
-    """float32 [rows, vocab], on every device."""
-    return decoder.logits(compute.model, params, hidden, compute.place)
-
-
 def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
     """Write the prefill rows' block tables and sampling parameters into their slots."""
     slot = batch["slot"]
@@ -295,6 +225,7 @@ def enter_rows(slots: Slots, batch: dict[str, Array]) -> Slots:
         slots,
         block_tables=slots.block_tables.at[slot].set(batch["block_table"]),
         sampling=jax.tree.map(lambda old, new: old.at[slot].set(new), slots.sampling, fresh),
+        drafted=None if slots.drafted is None else slots.drafted.at[slot].set(batch["position"] + batch["q_len"]),
     )
 
 

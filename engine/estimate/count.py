@@ -212,6 +212,8 @@ class _Counter:
 
     def _logits(self, weight: Any) -> Count:
         drawn = self.step.drawn
+        if not drawn:  # a draft model that reads prompts
+            return Count()
         whole = 4.0 * drawn * self.model.vocab_size
         gather = Collective("all-gather", self.shards.axes("vocab"), whole)
         product = self._product(weight, drawn, columns=weight.shape[0], rows=weight.shape[1])

@@ -118,7 +118,7 @@ def _with_changes(layout: Layout) -> Layout:
 
 def hungriest(config: EngineConfig) -> list[StepKey]:
     """The largest decode and the largest prefill program: whose temporaries decide what is left for the cache."""
-    return [StepKey(0, config.decode_buckets[-1]), max(lattice(config))]
+    return [StepKey(0, config.decode_buckets[-1], config.draft_tokens), max(lattice(config))]
 
 
 def compiled(layout: Layout, how: How) -> Layout:

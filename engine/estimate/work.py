@@ -7,11 +7,13 @@ is exact where costs are linear: not in chunks of different lengths, nor where a
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from engine.batch import StepKey
 from engine.config import EngineConfig
-from engine.estimate.count import Span, Step, count_step
+from engine.draft_model import LATEST_TOKENS
+from engine.estimate.count import Count, Span, Step, count_step
 from engine.model.config import ModelConfig
 from engine.plan import StepPlan
 
@@ -49,6 +51,17 @@ class Done:
         drawn = key.rows * width + (config.max_prefill_rows if key.tokens else 0)
         return Step(key.tokens + key.rows * width, drawn, tuple(spans))
 
+    def drafting(self, config: EngineConfig, key: StepKey) -> Iterator[Step]:
+        """What a draft model does beside the mean turn: it reads the chunks, or proposes token by token. That it
+        catches up now and then is not counted."""
+        spans = self.step(config, key).spans
+        if self.chunks:
+            yield Step(key.tokens, 0, spans[:1])
+        for i in range(key.drafts if self.decoded else 0):
+            width = 1 if i else LATEST_TOKENS
+            span = replace(spans[0], tokens=width, start=spans[0].start + i - width + 1)
+            yield Step(key.rows * width, key.rows, (span,))
+
 
 @dataclass(slots=True)
 class Work:
@@ -72,6 +85,9 @@ class Work:
             done, self._done = self._done, {}
         for key, ran in done.items():
             counted = count_step(self.model, self.config, ran.step(self.config, key))
+            if self.config.draft is not None:
+                drafting = self.config.draft.model, self.config.of_draft(self.config.draft)
+                counted += sum((count_step(*drafting, step) for step in ran.drafting(self.config, key)), Count())
             self.flops += counted.all_flops * ran.turns
             self.memory_bytes += counted.memory_bytes * ran.turns
         return self.flops, self.memory_bytes

@@ -11,7 +11,10 @@ from engine.resolve import DEFAULTS, DeviceFacts, dtype_of, ladder, target_of
 
 SMALLEST_LENGTH = 8  # tokens: with two special ones, a text of a few words
 # Options that mean nothing without a cache or a next token.
-_OF_GENERATION = ("page_size", "kv_cache_memory_bytes", "state_checkpoints", "decode_steps", "chat_template")
+_OF_GENERATION = (
+    "page_size", "kv_cache_memory_bytes", "state_checkpoints", "decode_steps", "chat_template", "draft_tokens",
+    "draft_model",
+)  # fmt: skip
 
 
 def resolve_pooling(
@@ -28,6 +31,8 @@ def resolve_pooling(
             raise InvalidParam(name, f"is for models that generate text; {options.model} does not")
     if options.kv_cache_dtype != "auto":
         raise InvalidParam("kv_cache_dtype", f"is for models that generate text; {options.model} does not")
+    if options.speculation != "none":
+        raise InvalidParam("speculation", f"is for models that generate text; {options.model} does not")
     if options.sharding != "single":
         raise InvalidParam("sharding", f"{options.sharding} is for models that generate text; {options.model} does not")
     if options.quantization == "stored":

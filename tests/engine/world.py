@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from engine.config import EngineConfig
-from engine.executables import NoProgramCache, compile_all
+from engine.config import Draft, EngineConfig
+from engine.draft_model import PREFIX
+from engine.executables import Executable, NoProgramCache, compile_all
 from engine.loop import Engine
 from engine.model.config import DeltaRule, Experts, Latent, LayerSpec, ModelConfig, Rope, StateSpace
 from engine.model.params import param_specs
@@ -109,6 +110,11 @@ CONFIG = EngineConfig(
 
 
 FEWER = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,))  # programs; CONFIG has the buckets' borders
+SHALLOW = replace(MODEL, layers=MODEL.layers[:2], tie_embeddings=False)  # so that a text does not repeat one token
+DRAFT = Draft(SHALLOW, "float32", "float32", (), CONFIG.shards)
+DRAFTED = replace(FEWER, prefill_decode_buckets=(6,), draft_tokens=3, draft=DRAFT)
+# Another family, of experts and latents, with a cache of another dtype.
+OTHER = replace(DRAFT, model=LATENT, kv_cache_dtype="int8")
 # What the equality net runs over: (model, configuration).
 KINDS = {
     "float": (MODEL, CONFIG),
@@ -116,7 +122,10 @@ KINDS = {
     "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
     "states": (STATE_SPACE, replace(FEWER, target=CPU, prefill_decode_buckets=(6,), state_checkpoints=6)),
     "delta": (DELTA, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
-    "ngram": (MODEL, replace(FEWER, draft_tokens=3)),
+    "ngram": (MODEL, replace(FEWER, prefill_decode_buckets=(6,), draft_tokens=3)),
+    "draft": (SHALLOW, DRAFTED),  # by other weights
+    "twin": (SHALLOW, DRAFTED),  # by the model's own
+    "other": (SHALLOW, replace(DRAFTED, draft=OTHER)),
     "packed": (MODEL, replace(FEWER, target=CPU, quantization="int8", kv_cache_dtype="int8")),
 }
 STORED = replace(FEWER, prefill_decode_buckets=(6,))
@@ -165,13 +174,23 @@ def world(kind: str = "float") -> World:
     if kind in CHECKPOINTS:
         return _stored_world(CHECKPOINTS[kind])
     model, config = KINDS[kind]
-    rng = np.random.default_rng(3)
+    params = random_params(model, config, 3)
+    held = dict(params)
+    if config.draft is not None:
+        drafting = random_params(config.draft.model, config.of_draft(config.draft), 3 if kind == "twin" else 4)
+        held |= {PREFIX + name: array for name, array in drafting.items()}
+    return _world(model, config, held, params)
+
+
+def random_params(model: ModelConfig, config: EngineConfig, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
     params = {
         name: jax.device_put(pack(spec, init_array(spec, rng) * gain(name) - fading(name), config.quantization))
         for name, spec in param_specs(model, jnp.dtype(jnp.float32)).items()
     }
-    params["embed"] *= 4.0
-    return _world(model, config, params, params)
+    if model.tie_embeddings:
+        params["embed"] *= 4.0
+    return params
 
 
 def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> World:
@@ -184,10 +203,14 @@ def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> W
 
 def _world(model: ModelConfig, config: EngineConfig, params: dict[str, Any], wide: dict[str, Any]) -> World:
     counters = Counters()
-    executables = compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, done, of: None)
-    runner = Runner(model, config, params, executables, counters)
+    runner = Runner(model, config, params, compiled(model, config), counters)
     runner.warm_up()
     return World(model, config, wide, runner, counters)
+
+
+@cache
+def compiled(model: ModelConfig, config: EngineConfig) -> dict[str, Executable]:
+    return compile_all(serving_programs(model, config), NoProgramCache(), lambda phase, done, of: None)
 
 
 @dataclass

@@ -63,7 +63,7 @@ def test_experts_are_read_as_far_as_somebody_chose_them() -> None:
     config = config_of(model, topology_of("v6e:1x1"))
     weights = local_shapes(model, config)
     experts = sum(w.size * 2 for name, w in weights.items() if "experts_" in name)
-    rest = count_step(model, config, Step(0, 0, ())).weight_bytes
+    rest = count_step(model, config, Step(0, 1, ())).weight_bytes
     one = count_step(model, config, Step(1, 1, (Span(1, 0),))).weight_bytes
     many = count_step(model, config, Step(1024, 1, (Span(1024, 0),))).weight_bytes
     assert one - rest == pytest.approx(experts * 8 / 128)
