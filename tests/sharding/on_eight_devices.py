@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from engine import placement
 from engine.batch import StepKey
-from engine.config import EngineConfig, EngineOptions
+from engine.config import Draft, EngineConfig, EngineOptions
 from engine.executables import Executable, NoProgramCache, Program, ProgramCache, compile_all, compile_one, packed
 from engine.load import layouts
 from engine.logits import TokenLogits
@@ -33,7 +33,7 @@ from engine.model.quantization import pack
 from engine.placement import assembled, placer
 from engine.plan import Layout
 from engine.program_key import program_key
-from engine.programs import empty_programs, page_bytes, serving_programs, step_program
+from engine.programs import empty_programs, page_bytes, served_models, serving_programs, step_program
 from engine.request import Request, SamplingParams
 from engine.resolve import DeviceFacts, shards_of
 from engine.runner import Runner
@@ -42,6 +42,7 @@ from sharding.mesh import mesh_of
 from sharding.params import init_array
 from sharding.rules import load_strategy
 from sharding.shards import Axis, Shards
+from tests.engine.test_draft_model import PROMPTS, Accepted, greedy, serve
 from tests.engine.test_equality import run_schedule
 from tests.engine.world import CONFIG, MODEL, ROPE, Client, World, check_choice
 from tests.oracle import naive_logits
@@ -149,9 +150,12 @@ def stored(config: EngineConfig) -> ProgramCache:
 
 
 def runner_of(kind: str, config: EngineConfig, executables: dict[str, Executable]) -> Runner:
-    model, put = MODELS[kind], placer(MODELS[kind], config)
-    params = {name: put(name, array) for name, array in host_params(kind).items()}
-    return Runner(model, config, assembled(model, config, params), executables, Counters())
+    model, params = MODELS[kind], {}
+    for prefix, one, own in served_models(model, config):  # a draft model has the same weights
+        put = placer(one, own)
+        held = assembled(one, own, {name: put(name, array) for name, array in host_params(kind).items()})
+        params |= {prefix + name: array for name, array in held.items()}
+    return Runner(model, config, params, executables, Counters())
 
 
 @cache
@@ -195,6 +199,19 @@ def test_proposed_tokens_are_verified_as_decoded(kind: str, strategy: str) -> No
     """Micro-batches of what is verified, and keys of it on several devices. Experts once lost their load there."""
     world = world_of(kind, config_of(MODELS[kind], strategy, draft_tokens=3))
     run_schedule(world, 0, overlap=False)
+
+
+@slow
+@pytest.mark.parametrize(("kind", "strategy"), [("experts", "tp"), ("latent", "context")])
+def test_a_draft_model_is_cut_as_the_model_is(kind: str, strategy: str) -> None:
+    config = config_of(MODELS[kind], strategy, draft_tokens=3)
+    drafted = replace(config, draft=Draft(MODELS[kind], "float32", "float32", (), config.shards))
+    world, seen = world_of(kind, drafted), Accepted()
+    run_schedule(world, 0, overlap=True)
+    engine = world.engine(enable_prefix_caching=False)
+    seen.watch(engine, [3, 0, 0, *[3] * 99])
+    serve(world, engine, [greedy(str(len(p)), p, 40) for p in PROMPTS])
+    assert seen.drawn == seen.possible > 50
 
 
 @pytest.mark.parametrize(("kind", "strategy", "expected"), COLLECTIVES)
