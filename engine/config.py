@@ -146,6 +146,7 @@ class EngineConfig:
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
     shards: Shards = WHOLE  # what is cut over which devices
+    in_panels: bool = False  # weights lie as compiled CPU kernels read them fastest
     fewest_decode_steps: int = 1  # where the call's length goes by load
     decode_call_s: float | None = None  # that a call should take at most; None: every one has decode_steps
     tpot_slo_s: float | None = None  # that prompts may keep running sequences from their next token
@@ -161,6 +162,11 @@ class EngineConfig:
     def num_groups(self) -> int:
         """Groups of requests; all numbers here are of one of them."""
         return self.shards.num_groups
+
+    @property
+    def panels_for(self) -> Target | None:
+        """What weights are cut into panels for; None: they are not."""
+        return self.target if self.in_panels else None
 
     def most_steps(self, drafts: int) -> int:
         """Tokens that a row of a decode step may draw: with proposed ones, all of those and one more."""

@@ -60,6 +60,7 @@ from engine.stats import Counters
 from engine.text import Tokenizer, load_tokenizer
 from pallas_kernels.quantized import Quantized
 from sharding.mesh import mesh_of
+from sharding.shards import WHOLE
 
 log = logging.getLogger("octavo.engine")
 CacheFor = Callable[[EngineConfig], ProgramCache]
@@ -249,6 +250,8 @@ def layouts(
         if runner.config.draft is not None:
             raise InvalidParam("sharding", "cannot change while a draft model proposes tokens")
         shards = shards_of(sharding, model, device.count)
+        if runner.config.in_panels and shards != WHOLE:
+            raise InvalidParam("sharding", "one device has nothing to cut")
         if shards.num_groups != runner.config.num_groups:
             raise InvalidParam(
                 "sharding", f"divides requests into {shards.num_groups} groups, not {runner.config.num_groups}: "

@@ -33,7 +33,8 @@ def placer(model: ModelConfig, config: EngineConfig) -> Put:
 
     def place(name: str, array: np.ndarray | Quantized) -> Any:
         _, there = stage_of(name, model, config.shards)
-        return put(name, pack(served[there], with_copies(name, specs[name], array, copies), config.quantization))
+        copied = with_copies(name, specs[name], array, copies)
+        return put(name, pack(served[there], copied, config.quantization, config.panels_for))
 
     return place
 

@@ -66,7 +66,7 @@ def stage_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
         if stored.setdefault(there, packing) != packing:
             raise ModelError(f"sharding: {name} is packed as {packing}, in another stage as {stored[there]}")
     return {
-        name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization))
+        name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization), config.panels_for)
         for name, spec in specs.items()
     }
 
@@ -106,7 +106,9 @@ def param_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
 
 def stage_cuts(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
-    """How each parameter of one stage is cut over its devices; the tree of `stage_shapes`."""
+    """How each parameter of one stage is cut over its devices; the tree of `stage_shapes`. In panels it is not."""
+    if config.in_panels:
+        return jax.tree.map(lambda leaf: PartitionSpec(), stage_shapes(model, config))
     specs = served_specs(model, config)
     return {
         name: jax.tree.map(partial(_cut_of, config.shards, name, specs[name]), shape)

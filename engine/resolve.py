@@ -16,7 +16,7 @@ from engine.model.params import axis_sizes, param_axes
 from engine.model.place import one_stage, replicated
 from pallas_kernels.target import KVDtype, Target
 from sharding.rules import ShardingError, load_strategy
-from sharding.shards import Shards
+from sharding.shards import WHOLE, Shards
 
 GIB = 1 << 30
 CPU_KV_BYTES = 1 * GIB  # enough for dozens of chats with a small model; the rest stays the user's
@@ -126,6 +126,7 @@ def resolve(
         state_checkpoints=checkpoints,
         target=target,
         shards=shards,
+        in_panels=device.count == 1 and shards == WHOLE,
         page_size=page_size_of(options.page_size, defaults.page_size, shards),
         num_pages=2,
         **_call_length(options, target, defaults),

@@ -16,6 +16,7 @@ from jax import Array
 from engine.model.config import Rope
 from engine.model.place import Place
 from pallas_kernels.matmul import matmul
+from pallas_kernels.panels import Panels
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.target import Target
@@ -29,11 +30,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def linear(x: Array, weight: Array | Quantized, target: Target) -> Array:
+def linear(x: Array, weight: Array | Quantized | Panels, target: Target) -> Array:
     """x [tokens, in] times weight [in, out] (or a shape that flattens to it), accumulated in float32."""
     if isinstance(weight, Quantized):
         return quantized_matmul(x, weight, target=target)
-    weight = weight.reshape(x.shape[1], -1)
+    if not isinstance(weight, Panels):
+        weight = weight.reshape(x.shape[1], -1)
     return matmul(x, weight, target=target).astype(x.dtype)
 
 

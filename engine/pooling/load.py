@@ -170,7 +170,7 @@ def _load_params(
         nonlocal loaded
         loaded += 1
         report("load weights", loaded, len(specs))
-        return jax.device_put(pack(specs[name], array, config.quantization))
+        return jax.device_put(pack(specs[name], array, config.quantization, config.target))
 
     params = checkpoint.load(specs, put)
     jax.block_until_ready(params)

@@ -32,7 +32,9 @@ def specs_of(model: PoolingModel, dtype: str) -> dict[str, ParamSpec]:
 def param_shapes(model: PoolingModel, config: PoolingConfig) -> dict[str, Any]:
     """Abstract parameters as they are on the device."""
     specs = specs_of(model, config.dtype)
-    return {name: packed_shape(spec, packing_of(spec, config.quantization)) for name, spec in specs.items()}
+    return {
+        name: packed_shape(spec, packing_of(spec, config.quantization), config.target) for name, spec in specs.items()
+    }
 
 
 def pooling_programs(model: PoolingModel, config: PoolingConfig) -> list[Program]:

@@ -15,9 +15,11 @@ from jax import Array
 from pallas_kernels.matmul.spec import MatmulSpec
 from pallas_kernels.native.build import LANES
 from pallas_kernels.native.library import MATMUL
+from pallas_kernels.panels import Panels
 from pallas_kernels.target import Target
 
 STREAMED = 4  # rows up to which reading the weights is what takes time; `kernels.cc` streams them
+PANEL = 4  # vectors
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
@@ -36,11 +38,25 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
     lanes = 2 * LANES[target.native]  # the columns of a register tile
     if spec.k % lanes or spec.n % lanes:
         return f"{spec.k} times {spec.n}: not multiples of {lanes}"
+    if spec.panel not in (0, PANEL * LANES[target.native]):
+        return f"panels of {spec.panel}"
     return None
 
 
-def run(x: Array, w: Array, *, transposed: bool, target: Target) -> Array:
+def panel_of(k: int, n: int, weight_dtype: str, target: Target) -> int:
+    """Columns of the panels that weights of this size and type are best kept in; 0: they stay as they are, where these
+    kernels are not there for every number of rows."""
+    if target.bfloat16_products and weight_dtype == "bfloat16":
+        return 0
+    width = PANEL * LANES.get(target.native, 1)
+    dtype = "float32" if weight_dtype == "int8" else weight_dtype
+    spec = MatmulSpec(1, k, n, dtype, weight_dtype, panel=width)
+    return 0 if n % width or declines(spec, target) else width
+
+
+def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target) -> Array:
     """See `api.matmul`; int8 weights are multiplied as numbers."""
     n = w.shape[0] if transposed else w.shape[1]
     call = jax.ffi.ffi_call(MATMUL, jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
-    return call(x, w, isa=target.native, transposed=transposed)
+    in_panels = isinstance(w, Panels)
+    return call(x, w.values if in_panels else w, isa=target.native, transposed=transposed, in_panels=in_panels)

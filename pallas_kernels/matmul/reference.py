@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from jax import Array
 
+from pallas_kernels.panels import Panels, whole
 from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 
-def run(x: Array, w: Array, *, transposed: bool, target: Target) -> Array:
+def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target) -> Array:
     """See `api.matmul`."""
-    return product("tk,nk->tn" if transposed else "tk,kn->tn", x, w)
+    return product("tk,nk->tn" if transposed else "tk,kn->tn", x, whole(w))

@@ -15,3 +15,4 @@ class MatmulSpec:
     dtype: str  # of x
     weight_dtype: str
     transposed: bool = False
+    panel: int = 0  # columns of a panel; 0: the weight is not in panels

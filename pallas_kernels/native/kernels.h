@@ -10,11 +10,11 @@ enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 // y[t, n] = sum over k of x[t, k] * w[k, n], in the order of k for every t and n.
 struct Matmul {
   const float* x;  // [tokens, k]
-  const void* w;   // [k, n], or [n, k] when transposed
+  const void* w;   // [k, n], [n, k] when transposed, or [n / columns, k, columns] in panels
   float* y;        // [tokens, n]
   int64_t tokens, k, n;
   Type type;
-  bool transposed;
+  bool transposed, in_panels;
 };
 
 // Attention of queries [tokens, q_heads, head_dim] over pages of rows of `width` elements, a row a token.

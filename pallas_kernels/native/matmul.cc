@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kWide = 2 * kLanes;                // columns of a register tile
 constexpr int64_t kTileRows = LANES == 16 ? 12 : 6;  // its rows; tile, weights and one row's value fill the registers
 constexpr int64_t kDeep = 8;                         // rows of w that are streamed at once
+constexpr int64_t kPanel = 4 * kLanes;               // columns of a panel
 constexpr int64_t kBlock = 256;                      // rows of w that are widened at once: 2 * kWide columns fit in L1
 
 // y[kRows, kVecs vectors] += x[kRows, depth] @ w[depth, kVecs vectors]
@@ -45,22 +46,37 @@ inline void tiles(const float* x, int64_t x_stride, const W* w, int64_t w_stride
   if (r < rows) tile<1, 2>(x + r * x_stride, x_stride, w, w_stride, y + r * y_stride, y_stride, depth);
 }
 
+// Row k of w from column c on, and the elements from one row to the next.
+template <typename W>
+inline const W* at(const Matmul& m, const W* w, int64_t k, int64_t c) {
+  return m.in_panels ? w + (c / kPanel * m.k + k) * kPanel + c % kPanel : w + k * m.n + c;
+}
+inline int64_t stride_of(const Matmul& m) { return m.in_panels ? kPanel : m.n; }
+
 // Few rows: limited by reading w. kDeep of its rows are read along their columns, the next ones on their way.
 template <int kRows, typename W>
 void stream(const Matmul& m, const W* w, int64_t begin, int64_t end) {
   constexpr int kVecs = kRows > 2 ? 2 : 4;
   constexpr int64_t kStride = kVecs * kLanes;
+  const int64_t stride = stride_of(m);
   for (int64_t t = 0; t < kRows; ++t) std::fill(m.y + t * m.n + begin, m.y + t * m.n + end, 0.0f);
   for (int64_t k = 0; k < m.k; k += kDeep) {
     const int64_t depth = std::min(kDeep, m.k - k), next = std::min(kDeep, m.k - k - depth);
-    const W* rows = w + k * m.n;
     int64_t c = begin;
     for (; c + kStride <= end; c += kStride) {
-      for (int64_t d = 0; d < next; ++d) __builtin_prefetch(rows + (kDeep + d) * m.n + c);
-      tile<kRows, kVecs>(m.x + k, m.k, rows + c, m.n, m.y + c, m.n, depth);
+      const W* rows = at(m, w, k, c);
+      for (int64_t d = 0; d < next; ++d) __builtin_prefetch(rows + (kDeep + d) * stride);
+      tile<kRows, kVecs>(m.x + k, m.k, rows, stride, m.y + c, m.n, depth);
     }
-    if (c < end) tile<kRows, 2>(m.x + k, m.k, rows + c, m.n, m.y + c, m.n, depth);
+    if (c < end) tile<kRows, 2>(m.x + k, m.k, at(m, w, k, c), stride, m.y + c, m.n, depth);
   }
+}
+
+// The same, one panel after the other: memory is read from one end to the other.
+template <int kRows, typename W>
+void streamed(const Matmul& m, const W* w, int64_t begin, int64_t end) {
+  if (!m.in_panels) return stream<kRows>(m, w, begin, end);
+  for (int64_t c = begin; c < end; c += kPanel) stream<kRows>(m, w, c, c + kPanel);
 }
 
 // Widens `depth` rows of kVecs vectors each, one behind the other.
@@ -79,16 +95,16 @@ void block(const Matmul& m, const W* w, int64_t begin, int64_t end) {
   for (int64_t t = 0; t < m.tokens; ++t) std::fill(m.y + t * m.n + begin, m.y + t * m.n + end, 0.0f);
   for (int64_t k = 0; k < m.k; k += kBlock) {
     const int64_t depth = std::min(kBlock, m.k - k);
-    const W* rows = w + k * m.n;
+    const int64_t stride = stride_of(m);
     const float* x = m.x + k;
     int64_t c = begin;
     for (; c + 2 * kWide <= end; c += 2 * kWide) {
-      fill<4>(panel, rows + c, m.n, depth);
+      fill<4>(panel, at(m, w, k, c), stride, depth);
       tiles(x, m.k, panel, 2 * kWide, m.y + c, m.n, m.tokens, depth);
       tiles(x, m.k, panel + kWide, 2 * kWide, m.y + c + kWide, m.n, m.tokens, depth);
     }
     if (c < end) {
-      fill<2>(panel, rows + c, m.n, depth);
+      fill<2>(panel, at(m, w, k, c), stride, depth);
       tiles(x, m.k, panel, kWide, m.y + c, m.n, m.tokens, depth);
     }
   }
@@ -123,10 +139,10 @@ void columns_of(const Matmul& m, int64_t begin, int64_t end) {
   const W* w = static_cast<const W*>(m.w);
   if (m.transposed) return transposed(m, w, begin, end);
   switch (m.tokens) {
-    case 1: return stream<1>(m, w, begin, end);
-    case 2: return stream<2>(m, w, begin, end);
-    case 3: return stream<3>(m, w, begin, end);
-    case 4: return stream<4>(m, w, begin, end);
+    case 1: return streamed<1>(m, w, begin, end);
+    case 2: return streamed<2>(m, w, begin, end);
+    case 3: return streamed<3>(m, w, begin, end);
+    case 4: return streamed<4>(m, w, begin, end);
     default: return block(m, w, begin, end);
   }
 }

@@ -97,7 +97,7 @@ static const float* widened(std::vector<float>& to, const ffi::AnyBuffer& from) 
 }
 
 static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::BufferR2<ffi::F32>> y,
-                         std::string_view isa, bool transposed) {
+                         std::string_view isa, bool transposed, bool in_panels) {
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   std::vector<float> wide;
@@ -109,13 +109,17 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   m.k = x.dimensions()[1];
   m.n = y->dimensions()[1];
   m.transposed = transposed;
+  m.in_panels = in_panels;
   m.type = type_of(w);
   if (m.k % kernels->lanes || m.n % kernels->lanes)
     return ffi::Error::InvalidArgument("columns and rows must be whole vectors");
-  const int64_t lines = m.n / kernels->lanes;
-  // A few tasks a thread, so that a late one costs little; at least four register tiles each.
-  const int64_t wanted = std::max<int64_t>(1, std::min(lines / 4, 4 * threads_of(pool)));
-  const int64_t width = (lines + wanted - 1) / wanted * kernels->lanes;
+  const int64_t panel = 2 * kernels->lanes;
+  if (in_panels && (m.n % panel || w.dimensions()[2] != panel))
+    return ffi::Error::InvalidArgument("panels have " + std::to_string(panel) + " columns");
+  // A few tasks a thread, so that a late one costs little; at least two panels wide each.
+  const int64_t unit = in_panels ? panel : kernels->lanes, units = m.n / unit;
+  const int64_t wanted = std::max<int64_t>(1, std::min(m.n / panel / 2, 4 * threads_of(pool)));
+  const int64_t width = (units + wanted - 1) / wanted * unit;
   run_all(pool, (m.n + width - 1) / width, [&](int64_t i) {
     kernels->columns(m, i * width, std::min((i + 1) * width, m.n));
   });
@@ -254,7 +258,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_matmul, octavo::matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<std::string_view>("isa")
-                                  .Attr<bool>("transposed"));
+                                  .Attr<bool>("transposed")
+                                  .Attr<bool>("in_panels"));
 
 #define OCTAVO_ATTENTION_ATTRIBUTES   \
   .Arg<ffi::BufferR1<ffi::F32>>()     \

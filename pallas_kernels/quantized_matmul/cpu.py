@@ -26,6 +26,12 @@ def declines(spec: PackedSpec, target: Target) -> str | None:
     return None
 
 
+def panel_of(w: Quantized, target: Target) -> int:
+    """As `matmul.cpu.panel_of`."""
+    served = w.format == "int8" and w.scales.shape[-2] == 1 and w.offsets is None and w.activations == "float"
+    return cpu.panel_of(w.shape[-2], w.shape[-1], "int8", target) if served else 0
+
+
 def run(x: Array, w: Quantized, *, target: Target) -> Array:
     """See `api.quantized_matmul`."""
     out = cpu.run(x, w.values, transposed=False, target=target)

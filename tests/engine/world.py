@@ -106,6 +106,7 @@ CONFIG = EngineConfig(
     overlap=True,
     max_queued_requests=1000,
     seed=7,
+    in_panels=True,
 )
 
 
@@ -185,8 +186,9 @@ def world(kind: str = "float") -> World:
 def random_params(model: ModelConfig, config: EngineConfig, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     params = {
-        name: jax.device_put(pack(spec, init_array(spec, rng) * gain(name) - fading(name), config.quantization))
+        name: jax.device_put(pack(spec, made, config.quantization, config.panels_for))
         for name, spec in param_specs(model, jnp.dtype(jnp.float32)).items()
+        for made in [init_array(spec, rng) * gain(name) - fading(name)]
     }
     if model.tie_embeddings:
         params["embed"] *= 4.0

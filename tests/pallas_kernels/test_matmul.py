@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.choice import KernelDeclined
-from pallas_kernels.matmul import api, matmul
+from pallas_kernels.matmul import api, cpu, matmul
 from pallas_kernels.matmul.spec import MatmulSpec
 from pallas_kernels.native import library
 from pallas_kernels.native.build import LANES
 from pallas_kernels.native.library import library as loaded
+from pallas_kernels.panels import in_panels, whole
 from pallas_kernels.quantized import quantize
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul.cpu import panel_of as packed_panel_of
 from pallas_kernels.target import CPU, Target
 
 NATIVE = Target(native=library().isa)
@@ -72,6 +76,37 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str, transposed: b
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_panels_give_the_bits_of_the_whole_matrix(dtype: str) -> None:
+    width = cpu.PANEL * LANES[NATIVE.native]
+    for k, n in ((32, 64), (288, 1024), (576, 192)):
+        for rows in ROWS:
+            x, w = operands(rows, k, n, dtype)
+            cut = in_panels(np.asarray(w), width)
+            assert cut.shape == w.shape and np.array_equal(whole(cut), w)
+            assert np.array_equal(matmul(x, cut, target=NATIVE), matmul(x, w, target=NATIVE)), (k, n, rows)
+            plain = matmul(x, cut, target=CPU)
+            assert error(plain, x, w) < TOLERANCE[dtype]
+
+
+@needs_native
+def test_a_panel_out_of_place_is_noticed() -> None:
+    x, w = operands(3, 64, 192, "float32")
+    cut = in_panels(np.asarray(w)[:, np.roll(np.arange(192), 32)], cpu.PANEL * LANES[NATIVE.native])
+    assert error(matmul(x, cut, target=NATIVE), x, w) > 0.1
+
+
+def test_where_weights_are_cut_into_panels() -> None:
+    assert cpu.panel_of(64, 96, "bfloat16", Target(native="avx2")) == 32
+    assert cpu.panel_of(64, 128, "float32", Target(native="avx512", bfloat16_products=True)) == 64
+    assert cpu.panel_of(64, 128, "bfloat16", Target(native="avx512", bfloat16_products=True)) == 0
+    assert cpu.panel_of(64, 80, "bfloat16", Target(native="avx2")) == 0, "no whole panels"
+    assert cpu.panel_of(64, 96, "bfloat16", CPU) == 0 == cpu.panel_of(64, 96, "bfloat16", Target("tpu", "v6e"))
+    with pytest.raises(ValueError, match="80 columns do not divide into panels of 32"):
+        in_panels(np.zeros((4, 80)), 32)
+
+
+@needs_native
 @pytest.mark.parametrize("rows", [1, 4, 13])
 def test_int8_weights(rows: int) -> None:
     """One scale a column: as good as the reference, which multiplies the same numbers."""
@@ -80,6 +115,8 @@ def test_int8_weights(rows: int) -> None:
     got, wanted = (quantized_matmul(x, packed, target=target) for target in (NATIVE, CPU))
     assert error(got, x, w) > 1e-4, "the weights are rounded"
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-6
+    values: Any = in_panels(np.asarray(packed.values), packed_panel_of(packed, NATIVE))
+    assert np.array_equal(quantized_matmul(x, replace(packed, values=values), target=NATIVE), got)
 
 
 @needs_native
