@@ -57,7 +57,7 @@ class Scorer:
         path = resolve_model(model, cache_dir=cache_root(options.cache_dir), revision=None)
         checkpoint = open_checkpoint(path)
         self.tokenizer = load_tokenizer(path)
-        config = configure(options, checkpoint, device_facts())
+        config = configure(options, [checkpoint], device_facts())
         self.num_pages = config.max_pages_per_seq
         self.config = replace(config, num_pages=1 + self.num_pages)
         params = load_params(checkpoint, self.config, lambda phase, done, of: None)

@@ -126,7 +126,7 @@ def resolve(
         state_checkpoints=checkpoints,
         target=target,
         shards=shards,
-        in_panels=device.count == 1 and shards == WHOLE,
+        in_panels=bool(target.native) and device.count == 1 and shards == WHOLE,
         page_size=page_size_of(options.page_size, defaults.page_size, shards),
         num_pages=2,
         **_call_length(options, target, defaults),
