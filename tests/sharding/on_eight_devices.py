@@ -114,7 +114,7 @@ CASES = [
     *(pytest.param(kind, name, marks=slow) for kind in ("experts", "latent") for name in ("tp", "ep")),
 ]
 STORE = TemporaryDirectory()  # going back to a layout loads its programs
-SMALL = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,), prefill_decode_buckets=(6,))
+SMALL = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,), prefill_decode_buckets=(6,), in_panels=False)
 
 
 def config_of(model: ModelConfig, strategy: str, **changes: Any) -> EngineConfig:
