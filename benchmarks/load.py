@@ -13,10 +13,11 @@ import numpy as np
 import uvloop
 
 from benchmarks.client import CHAT, Endpoint, Exchange, LoadError, Sample, exchange, read
-from benchmarks.prompts import MIXES, Cutter, Prompt, mixed_lengths
+from benchmarks.prompts import MIXES, NOTHING, Cutter, Prompt, mixed_lengths
 from engine.text import Tokenizer
 
 TIMEOUT_S = 600.0
+LONG_PROMPTS = 16  # different ones, sent over and over
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +29,34 @@ class Ask:
 
 
 class Asker:
-    """Hands out requests of fixed lengths or of a mix; equal seeds, equal requests."""
+    """Hands out requests of fixed lengths or of a mix; equal seeds, equal requests.
+
+    All prompts begin with the same `shared_prefix_len` tokens, which are not in `input_len`.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, seed: int, input_len: int, output_len: int, mix: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        seed: int,
+        input_len: int,
+        output_len: int,
+        mix: str | None = None,
+        shared_prefix_len: int = 0,
     ) -> None:
         self._cutter = Cutter(tokenizer, seed)
         self._seed, self._lengths, self._mix = seed, (input_len, output_len), mix
+        self._prefix = self._cutter.cut(shared_prefix_len) if shared_prefix_len else NOTHING
 
     def __call__(self, count: int) -> list[Ask]:
         lengths = [self._lengths] * count
         if self._mix is not None:
             self._seed += 1
             lengths = mixed_lengths(MIXES[self._mix], count, self._seed)
-        return [Ask(self._cutter.cut(prompt), output) for prompt, output in lengths]
+        return [Ask(self._cutter.cut(prompt, self._prefix), output) for prompt, output in lengths]
+
+    def long(self, num_tokens: int) -> list[Ask]:
+        """Prompts of which only the first token is wanted."""
+        return [Ask(self._cutter.cut(num_tokens), 1) for _ in range(LONG_PROMPTS)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class Load:
     samples: tuple[Sample, ...]
     client_cpu_share: float  # of one core, while requests ran
     send_lag_s: float = 0.0  # longest time that a request of an open loop was sent too late
+    beside: tuple[Sample, ...] = ()  # of the stream beside a closed loop's, those that ended
 
 
 def whole(load: Load) -> Load:
@@ -81,21 +97,34 @@ def arrival_times(rate: float, burstiness: float, count: int, seed: int) -> list
     return np.cumsum(gaps).tolist()
 
 
-def closed_loop(target: Target, asks: Sequence[Ask], concurrency: int, timeout_s: float = TIMEOUT_S) -> Load:
-    """`concurrency` streams start at once; each sends the next request when its last one has ended."""
+def closed_loop(
+    target: Target, asks: Sequence[Ask], concurrency: int, timeout_s: float = TIMEOUT_S, beside: Sequence[Ask] = ()
+) -> Load:
+    """`concurrency` streams start at once; each sends the next request when its last one has ended.
+
+    beside: one more stream sends these, over and over, until the others are done; they are not in the samples.
+    Raises LoadError where one of them fails.
+    """
     requests = [target.request(ask) for ask in asks]
     found: list[Exchange | None] = [None] * len(asks)
-    numbers = itertools.count()
+    numbers, ended = itertools.count(), list[Exchange]()
+
+    async def other_stream() -> None:
+        for request in itertools.cycle([target.request(ask) for ask in beside]):
+            ended.append(await exchange(target.endpoint, request, timeout_s))
 
     async def stream() -> None:
         while (number := next(numbers)) < len(requests):
             found[number] = await exchange(target.endpoint, requests[number], timeout_s)
 
     async def every() -> list[Exchange]:
+        other = asyncio.create_task(other_stream())
         await asyncio.gather(*(stream() for _ in range(concurrency)))
+        other.cancel()
         return [one for one in found if one is not None]
 
-    return _driven(every(), asks, target)
+    load = _driven(every(), asks, target)
+    return replace(load, beside=whole(Load(tuple(map(read, ended)), 0.0)).samples)
 
 
 def open_loop(target: Target, asks: Sequence[Ask], arrivals_s: Sequence[float], timeout_s: float = TIMEOUT_S) -> Load:

@@ -22,6 +22,9 @@ class Prompt:
     token_ids: tuple[int, ...]
 
 
+NOTHING = Prompt("", ())
+
+
 @dataclass(frozen=True, slots=True)
 class Mix:
     """Lengths in tokens, log-normal around a median and cut to a range: most are short, some are long."""
@@ -74,8 +77,8 @@ class Cutter:
         random.Random(seed).shuffle(self._starts)
         self._heads: set[tuple[int, ...]] = set()
 
-    def cut(self, num_tokens: int) -> Prompt:
-        """The next prompt. Raises InvalidParam when the text has no place left."""
+    def cut(self, num_tokens: int, after: Prompt = NOTHING) -> Prompt:
+        """`num_tokens` more behind those of `after`. Raises InvalidParam when the text has no place left."""
         while self._starts:
             start = self._starts.pop()
             if start + num_tokens > len(self._ids):
@@ -84,8 +87,13 @@ class Cutter:
             if head in self._heads:
                 continue
             piece = self._ids[start : start + num_tokens]
-            text = self._tokenizer.decode(piece, skip_special_tokens=False)
-            if self._tokenizer.encode(text, add_special_tokens=False, parse_special=False) == piece:
+            prompt = Prompt(
+                after.text + self._tokenizer.decode(piece, skip_special_tokens=False), (*after.token_ids, *piece)
+            )
+            if (
+                tuple(self._tokenizer.encode(prompt.text, add_special_tokens=False, parse_special=False))
+                == prompt.token_ids
+            ):
                 self._heads.add(head)
-                return Prompt(text, tuple(piece))
+                return prompt
         raise InvalidParam("num_prompts", f"the text has no place left for another prompt of {num_tokens} tokens")

@@ -96,8 +96,11 @@ def measure(
         closed_loop(target, ask(warmups), warmups, options.request_timeout_s)
     asks = ask(setting.num_prompts(options))
     if setting.concurrency:
-        load = closed_loop(target, asks, setting.concurrency, options.request_timeout_s)
+        beside = ask.long(options.long_prompt_len) if options.long_prompt_len else []
+        load = closed_loop(target, asks, setting.concurrency, options.request_timeout_s, beside)
         row: dict[str, Any] = {"concurrency": setting.concurrency}
+        if beside:
+            row["long_prompts"] = len(load.beside)
     else:
         rate = setting.rate or 0.0
         arrivals_s = arrival_times(rate, options.burstiness, len(asks), options.seed)
@@ -136,7 +139,10 @@ def measured(found: Mapping[str, Target], tokenizer: Tokenizer, options: BenchSe
     """Every server at every setting; in a sweep each finds its own rates."""
     slo = None if options.slo is None else parse_slo(options.slo)
     askers = {
-        name: Asker(tokenizer, options.seed, options.input_len, options.output_len, options.mix) for name in found
+        name: Asker(
+            tokenizer, options.seed, options.input_len, options.output_len, options.mix, options.shared_prefix_len
+        )
+        for name in found
     }
 
     def one(name: str, setting: Setting) -> dict[str, Any]:
@@ -224,6 +230,7 @@ def run(engine_options: EngineOptions, options: BenchServeOptions) -> int:
     )
     result = {
         "model": engine_options.model, "endpoint": options.endpoint, **lengths, "burstiness": options.burstiness,
+        "shared_prefix_len": options.shared_prefix_len, "long_prompt_len": options.long_prompt_len,
         "slo": options.slo, "seed": options.seed, "versions": report.versions("octavo", "jax", "jaxlib"),
         "server_versions": versions, "servers": rows, **outcome(rows, options),
     }  # fmt: skip

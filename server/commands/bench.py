@@ -51,6 +51,10 @@ class BenchServeOptions:
     input_len: int = option(128, "prompt tokens of every request")
     output_len: int = option(128, "output tokens of every request")
     mix: Literal["chat", "summary", "code"] | None = option(None, "lengths that vary as in such a use, for those two")
+    shared_prefix_len: int = option(0, "tokens that all prompts begin with, in front of those")
+    long_prompt_len: int | None = option(
+        None, "closed loop: beside it prompts of so many tokens arrive one after the other"
+    )
     num_prompts: int | None = option(
         None, "requests a load (default: 4 of each stream, at least 8; with a rate, those of 20 s, at least 20)"
     )
@@ -65,6 +69,9 @@ class BenchServeOptions:
 
     def __post_init__(self) -> None:
         at_least(self, input_len=1, output_len=1, num_prompts=1, num_warmups=0, num_checks=0)
+        at_least(self, shared_prefix_len=0, long_prompt_len=1)
+        if self.long_prompt_len is not None and (self.request_rate is not None or self.sweep):
+            raise InvalidParam("long_prompt_len", "is for a closed loop")
         above_zero(self, "request_rate", "burstiness", "request_timeout_s", "attainment")
         if self.attainment > 1:
             raise InvalidParam("attainment", f"must be at most 1, got {self.attainment}")

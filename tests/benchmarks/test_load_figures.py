@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.client import Sample
 from benchmarks.figures import figures, output_tokens_per_s, parse_slo
-from benchmarks.load import Load, arrival_times, whole
+from benchmarks.load import Asker, Load, arrival_times, whole
 from benchmarks.prompts import MIXES, Cutter, make_prompts, mixed_lengths
 from benchmarks.serve import agreement
 from benchmarks.sweep import best, sweep
@@ -119,6 +119,14 @@ def test_prompts_have_their_lengths_and_begin_differently() -> None:
     assert make_prompts(tokenizer, 9, 3, seed=7) == make_prompts(tokenizer, 9, 3, seed=7)
     with pytest.raises(InvalidParam, match="no place left"):
         cutter.cut(10**9)
+
+
+def test_prompts_may_begin_alike_and_go_on_differently() -> None:
+    ask = Asker(cast(Tokenizer, ByteTokenizer()), 0, 20, 3, shared_prefix_len=50)
+    prompts = [one.prompt for one in (*ask(8), *ask(8))]
+    assert {len(p.token_ids) for p in prompts} == {70} and len({p.text[:50] for p in prompts}) == 1
+    assert len({p.token_ids[50:54] for p in prompts}) == len(prompts)
+    assert all(p.prompt.token_ids[:50] != prompts[0].token_ids[:50] for p in ask.long(60))
 
 
 def queue(rate: float, capacity: float, count: int = 300) -> dict:

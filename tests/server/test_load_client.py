@@ -51,6 +51,16 @@ def test_pace_of_the_server_is_what_is_measured(live: Running) -> None:
     assert 0 < load.client_cpu_share < 1
 
 
+def test_what_is_sent_beside_a_load_is_not_of_it(live: Running) -> None:
+    live.engine.pace_s = 0.02
+    load = closed_loop(target(live), [ask("one", 30)], 1, beside=[ask("long", 2), ask("longer", 2)])
+    assert [s.text for s in load.samples] == [letters("one", 30)]
+    texts = [s.text for s in load.beside]
+    assert texts[:3] == [letters("long", 2), letters("longer", 2), letters("long", 2)], "over and over"
+    with pytest.raises(LoadError, match="HTTP 400"):
+        closed_loop(target(live), [ask("one", 30)], 1, beside=[ask("x", 99999)])
+
+
 def test_an_open_loop_sends_at_its_times_whatever_runs(live: Running) -> None:
     live.engine.pace_s = 0.03
     load = open_loop(target(live), [ask("one", 8), ask("two", 8), ask("three", 1)], [0.0, 0.01, 0.05])
