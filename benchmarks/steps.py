@@ -38,6 +38,7 @@ from engine.start import load_any_engine, model_path
 from engine.text import Tokenizer
 
 WARM_STEPS = 5
+WAITING_TOKENS = 128
 HOST = tuple(phase for phase in PHASES if phase != "wait")
 
 
@@ -106,10 +107,12 @@ def output_tokens(load: Load, steps: int, decode_steps: int) -> int:
 
 
 def submit(engine: Engine, load: Load, output: int) -> None:
-    """Prompts that share no page, longer than any end of a text."""
+    """Prompts that share no page, longer than any end of a text; those that wait are short, or making them is what
+    takes the time."""
     params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
     for i in range(load.batch + load.waiting):
-        ids = (1000 + i % 30_000, *(200 + (7 * i + j) % 3000 for j in range(load.context - 1)))
+        length = load.context if i < load.batch else min(load.context, WAITING_TOKENS)
+        ids = (1000 + i % 30_000, *(200 + (7 * i + j) % 3000 for j in range(length - 1)))
         engine.submit(Request(request_id=str(i), prompt_token_ids=ids, params=params), lambda deltas: None)
     engine.read_inbox(block=False)
 

@@ -29,9 +29,16 @@ def engine_of(batch: int, device: FakeDevice | None = None, **options: Any) -> E
     return fake_engine(device or FakeDevice(), Words(), **made)  # type: ignore[arg-type]
 
 
-def calls_of_a_step(batch: int, steps: int = 32, **options: Any) -> float:
-    """Calls of Python functions, the C ones not counted; over as many steps as there are tokens in two pages."""
+def calls_of_a_step(batch: int, steps: int = 32, cached: Load | None = None, **options: Any) -> float:
+    """Calls of Python functions, the C ones not counted; over as many steps as there are tokens in two pages.
+
+    cached: prompts that came before, and left their pages in the prefix cache.
+    """
     engine = engine_of(batch, **options)
+    if cached is not None:
+        submit(engine, cached, 1)
+        while engine.run_once_overlapped():
+            pass
     submit(engine, Load(batch, 100), 500)
     while engine.scheduler.prompts or len(engine.scheduler.running) < batch:
         engine.run_once_overlapped()
@@ -57,6 +64,16 @@ def test_a_sequence_costs_few_calls_a_step() -> None:
     assert 3 <= each <= 7, "an event, a delta, a push, a sink; and a page every sixteenth step"
     assert few - 8 * each <= 180
     assert calls_of_a_step(72, enable_prefix_caching=False) < many
+
+
+def test_cached_pages_cost_a_step_nothing_but_their_eviction() -> None:
+    """In a pool that is full of them, each new page takes the place of one: half a page a step for 8 sequences."""
+    alone, evicting = (
+        calls_of_a_step(8),
+        [calls_of_a_step(8, cached=Load(count, 1600), num_pages=100 * count + 1) for count in (8, 64)],
+    )
+    assert abs(evicting[1] - evicting[0]) < 1, "however many there are"
+    assert 1 < evicting[0] - alone < 10
 
 
 def test_a_sequence_that_wants_more_than_tokens_costs_its_own_calls_alone() -> None:
