@@ -14,9 +14,8 @@ from engine.config import EngineConfig
 from engine.plan import DecodeRows, StepPlan, StepResult
 from engine.prefix_cache import PrefixCache
 from engine.request import Request, TokenEvent
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, Together
 from engine.sequence import Sequence
-from engine.speculation import Speculation
 from engine.stats import Counters
 
 
@@ -25,7 +24,9 @@ class GroupedScheduler:
 
     def __init__(self, config: EngineConfig, counters: Counters) -> None:
         self.groups = [Scheduler(config, counters, group) for group in range(config.num_groups)]
-        self.prompt_budget, self.call_length = self.groups[0].prompt_budget, self.groups[0].call_length
+        first = self.groups[0]
+        self.prompt_budget, self.call_length = first.prompt_budget, first.call_length
+        self.speculation = first.speculation  # which the others do not ask
         for group in self.groups:
             group.prompt_budget, group.call_length = self.prompt_budget, self.call_length
 
@@ -44,11 +45,6 @@ class GroupedScheduler:
     @property
     def num_held_pages(self) -> int:
         return sum(group.num_held_pages for group in self.groups)
-
-    @property
-    def speculation(self) -> Speculation:
-        """Of the first group, as `resolve` refuses it with more than one."""
-        return self.groups[0].speculation
 
     @property
     def cache(self) -> PrefixCache:
@@ -73,16 +69,18 @@ class GroupedScheduler:
             group.end(request_id, index)
 
     def plan(self) -> StepPlan | None:
-        """The next step of all groups; where one has prompts to compute, the others' rows ride along."""
+        """The next step of all groups; where one has prompts to compute, the others' rows ride along, and where tokens
+        are proposed, they are for all."""
         mixed = any(group.has_prompts for group in self.groups)
-        plans = [plan for group in self.groups if (plan := group.plan(mixed)) is not None]
+        drafts = 0 if mixed else self.speculation.drafts(sum(len(group.running) for group in self.groups))
+        plans = [plan for group in self.groups if (plan := group.plan(Together(mixed, drafts))) is not None]
         if not plans:
             return None
         prefill = tuple(row for plan in plans for row in plan.prefill_rows)
         admitted = tuple(seq for plan in plans for seq in plan.admitted)
         decode = DecodeRows.of(row for plan in plans for row in plan.decode_rows)
         wants_logprobs = any(plan.wants_logprobs for plan in plans)
-        return StepPlan(prefill, decode, admitted, wants_logprobs=wants_logprobs)
+        return StepPlan(prefill, decode, admitted, drafts, wants_logprobs)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events = []

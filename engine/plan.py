@@ -104,6 +104,7 @@ class StepPlan:
             tuple(row for row in self.prefill_rows if row.seq.group == group),
             DecodeRows.of(row for row in self.decode_rows if row.seq.group == group),
             tuple(seq for seq in self.admitted if seq.group == group),
+            self.drafts,
         )
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from engine.budget import PromptBudget
 from engine.call_length import CallLength
@@ -23,6 +24,14 @@ from engine.speculation import Speculation
 from engine.stats import Counters
 
 MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What a step is for all groups of requests."""
+
+    mixed: bool  # it computes prompts of some
+    drafts: int  # tokens that it proposes for each row
 
 
 class Scheduler:
@@ -138,28 +147,36 @@ class Scheduler:
     def num_held_pages(self) -> int:
         return self.cache.pool.num_held
 
-    def plan(self, together: bool | None = None) -> StepPlan | None:
+    def plan(self, together: Together | None = None) -> StepPlan | None:
         """The next step, or None when nothing can run until results are committed or requests come.
 
-        together: what it is with other groups, whether it computes prompts; None: alone.
+        together: what it is with other groups; None: alone.
         """
         self.cache.checkpoints.begin_step()
         # Decode rows take their pages first: they are older than whatever is admitted here.
-        mixed = self.has_prompts if together is None else together
-        drafts = 0 if mixed else self.speculation.drafts(len(self.running))
-        decode_rows = self._plan_decode(1 if mixed else self._call_tokens(drafts))
+        step = self._alone() if together is None else together
+        decode_rows = self._plan_decode(1 if step.mixed else self._call_tokens(step.drafts))
         # Preempting above may have made room, but multi-token rows cannot ride along.
         alone = together is None and not decode_rows
         budget = self.prompt_budget.tokens(len(decode_rows))
-        prefill_rows, admitted = self._plan_prefill(budget) if mixed or alone else ([], [])
+        prefill_rows, admitted = self._plan_prefill(budget) if step.mixed or alone else ([], [])
         if not prefill_rows and not decode_rows:
             return None
         self._num_planned += 1
         for seq in itertools.chain((row.seq for row in prefill_rows), decode_rows.seqs):
             seq.last_step = self._num_planned
         return StepPlan(
-            tuple(prefill_rows), decode_rows, tuple(admitted), 0 if prefill_rows else drafts, self._num_logprobs > 0
+            tuple(prefill_rows),
+            decode_rows,
+            tuple(admitted),
+            0 if prefill_rows else step.drafts,
+            self._num_logprobs > 0,
         )
+
+    def _alone(self) -> Together:
+        """What the next step is where there are no other groups."""
+        mixed = self.has_prompts
+        return Together(mixed, 0 if mixed else self.speculation.drafts(len(self.running)))
 
     def _call_tokens(self, drafts: int) -> int:
         """That each sequence may draw in a call without prompts."""

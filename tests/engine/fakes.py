@@ -244,7 +244,7 @@ def check_plan(config: EngineConfig, plan: StepPlan) -> None:
         at = row.state.copy_at if row.state and row.state.copy_to >= 0 else None
         if at is not None and (not 0 < at <= row.count or (row.start + at) % config.page_size):
             raise AssertionError(f"a copy after {at} of {row.count} tokens from {row.start}")
-    steps = 1 if plan.prefill_rows else config.decode_steps
+    steps = 1 if plan.prefill_rows else config.most_steps(plan.drafts)
     new_pages = -(-steps // config.page_size)
     for row in plan.decode_rows:
         if row.count > steps or len(row.new_pages) > new_pages:

@@ -93,6 +93,18 @@ def test_groups_prefill_and_decode_together() -> None:
     assert [plan.of_group(group).prefill_rows for group in range(3)] == [(), plan.prefill_rows, ()]
 
 
+def test_tokens_are_proposed_for_all_groups_or_none() -> None:
+    scheduler, devices = grouped(draft_tokens=3), Devices(config(draft_tokens=3))
+    for name in "ab":
+        scheduler.add(request(name, 9, max_tokens=30))
+    step(scheduler, devices)
+    plan = step(scheduler, devices)
+    assert plan is not None and (plan.drafts, list(plan.decode_rows.counts)) == (3, [4, 4])
+    scheduler.add(request("c", 9, max_tokens=30))
+    plan = step(scheduler, devices)
+    assert plan is not None and plan.prefill_rows and (plan.drafts, list(plan.decode_rows.counts)) == (0, [1, 1])
+
+
 def test_requests_without_a_seed_get_their_own() -> None:
     scheduler = grouped()
     for i in range(6):

@@ -194,15 +194,16 @@ def test_logits_and_tokens_are_those_of_one_device(kind: str, strategy: str) -> 
 
 
 @slow
-@pytest.mark.parametrize(("kind", "strategy"), [("experts-2", "pp"), ("dense", "context")])
+@pytest.mark.parametrize(("kind", "strategy"), [("experts-2", "pp"), ("dense", "context"), ("dense", "dp-attention")])
 def test_proposed_tokens_are_verified_as_decoded(kind: str, strategy: str) -> None:
-    """Micro-batches of what is verified, and keys of it on several devices. Experts once lost their load there."""
+    """Micro-batches of what is verified, keys of it on several devices, and groups that verify together. Experts once
+    lost their load there."""
     world = world_of(kind, config_of(MODELS[kind], strategy, draft_tokens=3))
     run_schedule(world, 0, overlap=False)
 
 
 @slow
-@pytest.mark.parametrize(("kind", "strategy"), [("experts", "tp"), ("latent", "context")])
+@pytest.mark.parametrize(("kind", "strategy"), [("experts", "tp"), ("latent", "context"), ("experts", "dp-attention")])
 def test_a_draft_model_is_cut_as_the_model_is(kind: str, strategy: str) -> None:
     config = config_of(MODELS[kind], strategy, draft_tokens=3)
     drafted = replace(config, draft=Draft(MODELS[kind], "float32", "float32", (), config.shards))
