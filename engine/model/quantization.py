@@ -5,7 +5,7 @@ Only the matrices of the layers can be (`ParamSpec.packable`); embeddings, LM he
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import jax
@@ -72,7 +72,7 @@ def _laid(spec: ParamSpec, weight: Any, panels_for: Target | None) -> Any:
         return weight
     if isinstance(weight, Quantized):
         width = quantized_matmul_cpu.panel_of(weight, panels_for)
-        return replace(weight, values=in_panels(weight.values, width)) if width else weight
+        return quantized_matmul_cpu.cut(weight, width) if width else weight
     rows, columns = spec.device_shape
     width = matmul_cpu.panel_of(rows, columns, str(jax.numpy.dtype(weight.dtype)), panels_for)
     return in_panels(weight, width) if width else weight

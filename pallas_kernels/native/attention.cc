@@ -272,6 +272,7 @@ void fold_keys(const Attention& a, const Queries& t, int64_t begin, int64_t end,
     case Type::kFloat32: return fold_range<float>(a, t, begin, end, q, s, scratch);
     case Type::kBFloat16: return fold_range<uint16_t>(a, t, begin, end, q, s, scratch);
     case Type::kInt8: return fold_range<int8_t>(a, t, begin, end, q, s, scratch);
+    case Type::kInt4: return;  // no pages are
   }
 }
 

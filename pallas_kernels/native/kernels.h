@@ -5,16 +5,23 @@
 
 namespace octavo {
 
-enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 // y[t, n] = sum over k of x[t, k] * w[k, n], in the order of k for every t and n.
+// With scales, w[k, n] is number * scales[k / group, n] + offsets[k / group, n]. kInt4 keeps two rows a byte, so x has
+// its columns, and the sum its order, as the bytes have theirs: of each group rows 0, group / 2, 1, group / 2 + 1, ...
+// In panels, a matrix [rows, n] is [n / columns, rows, columns].
 struct Matmul {
   const float* x;  // [tokens, k]
-  const void* w;   // [k, n], [n, k] when transposed, or [n / columns, k, columns] in panels
+  const void* w;   // [k, n], [k / 2, n] of kInt4, [n, k] when transposed
   float* y;        // [tokens, n]
   int64_t tokens, k, n;
   Type type;
   bool transposed, in_panels;
+  const void* scales;   // [k / group, n], or null
+  const void* offsets;  // the same, or null: 0, of kInt4 -8 * scale
+  Type scales_type;     // kFloat32 or kBFloat16
+  int64_t group;        // even for kInt4
 };
 
 // Attention of queries [tokens, q_heads, head_dim] over pages of rows of `width` elements, a row a token.

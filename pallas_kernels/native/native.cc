@@ -85,45 +85,103 @@ static Type type_of(const ffi::AnyBuffer& buffer) {
   return buffer.element_type() == ffi::DataType::BF16 ? Type::kBFloat16 : Type::kInt8;
 }
 
-// x in float32: as it is, or widened into `to`.
-static const float* widened(std::vector<float>& to, const ffi::AnyBuffer& from) {
-  if (from.element_type() == ffi::DataType::F32) return static_cast<const float*>(from.untyped_data());
-  const int64_t count = from.element_count();
-  to.resize(count);
-  const auto* bits = static_cast<const uint16_t*>(from.untyped_data());
-  auto* wide = reinterpret_cast<uint32_t*>(to.data());
-  for (int64_t i = 0; i < count; ++i) wide[i] = static_cast<uint32_t>(bits[i]) << 16;
-  return to.data();
+constexpr int64_t kCopied = 1 << 14;  // numbers that are worth a task
+
+static float widened(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+// `read(i)` of k numbers; with a group, of each group 0, group / 2, 1, group / 2 + 1, ...
+template <typename Read>
+static void arranged(float* out, int64_t k, int64_t group, Read read) {
+  if (group == 0)
+    for (int64_t i = 0; i < k; ++i) out[i] = read(i);
+  else
+    for (int64_t g = 0; g < k; g += group)
+      for (int64_t i = 0; i < group / 2; ++i) {
+        out[g + 2 * i] = read(g + i);
+        out[g + 2 * i + 1] = read(g + group / 2 + i);
+      }
+}
+
+// x [tokens, k] in float32: as it is, or widened into `to`, rows by threads. Of int4 weights (group not 0) with its
+// columns in the order of their bytes; see Matmul.
+static const float* prepared(ffi::ThreadPool& pool, std::unique_ptr<float[]>& to, const ffi::AnyBuffer& from,
+                             int64_t group) {
+  const bool wide = from.element_type() == ffi::DataType::F32;
+  const auto* floats = static_cast<const float*>(from.untyped_data());
+  if (wide && group == 0) return floats;
+  const auto* halves = static_cast<const uint16_t*>(from.untyped_data());
+  const int64_t tokens = from.dimensions()[0], k = from.dimensions()[1], rows = std::max<int64_t>(1, kCopied / k);
+  to.reset(new float[tokens * k]);
+  run_all(pool, (tokens + rows - 1) / rows, [&](int64_t task) {
+    for (int64_t t = task * rows; t < std::min(tokens, (task + 1) * rows); ++t) {
+      float* out = to.get() + t * k;
+      if (wide) arranged(out, k, group, [row = floats + t * k](int64_t i) { return row[i]; });
+      else arranged(out, k, group, [row = halves + t * k](int64_t i) { return widened(row[i]); });
+    }
+  });
+  return to.get();
+}
+
+// Everything of `m` but y's columns is set; those are divided among tasks.
+static ffi::Error by_columns(ffi::ThreadPool& pool, const Kernels& kernels, const Matmul& m, const ffi::AnyBuffer& w) {
+  if (m.k % kernels.lanes || m.n % kernels.lanes)
+    return ffi::Error::InvalidArgument("columns and rows must be whole vectors");
+  const int64_t panel = 2 * kernels.lanes;
+  if (m.in_panels && (m.n % panel || w.dimensions()[2] != panel))
+    return ffi::Error::InvalidArgument("panels have " + std::to_string(panel) + " columns");
+  // A few tasks a thread, so that a late one costs little; at least two panels wide each.
+  const int64_t unit = m.in_panels ? panel : kernels.lanes, units = m.n / unit;
+  const int64_t wanted = std::max<int64_t>(1, std::min(m.n / panel / 2, 4 * threads_of(pool)));
+  const int64_t width = (units + wanted - 1) / wanted * unit;
+  run_all(pool, (m.n + width - 1) / width, [&](int64_t i) {
+    kernels.columns(m, i * width, std::min((i + 1) * width, m.n));
+  });
+  return ffi::Error::Success();
+}
+
+static Matmul matmul_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, ffi::Result<ffi::BufferR2<ffi::F32>>& y,
+                        bool in_panels) {
+  Matmul m{};
+  m.w = w.untyped_data();
+  m.y = y->typed_data();
+  m.tokens = x.dimensions()[0];
+  m.k = x.dimensions()[1];
+  m.n = y->dimensions()[1];
+  m.in_panels = in_panels;
+  return m;
 }
 
 static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::BufferR2<ffi::F32>> y,
                          std::string_view isa, bool transposed, bool in_panels) {
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
-  std::vector<float> wide;
-  Matmul m{};
-  m.x = widened(wide, x);
-  m.w = w.untyped_data();
-  m.y = y->typed_data();
-  m.tokens = x.dimensions()[0];
-  m.k = x.dimensions()[1];
-  m.n = y->dimensions()[1];
+  Matmul m = matmul_of(x, w, y, in_panels);
   m.transposed = transposed;
-  m.in_panels = in_panels;
   m.type = type_of(w);
-  if (m.k % kernels->lanes || m.n % kernels->lanes)
-    return ffi::Error::InvalidArgument("columns and rows must be whole vectors");
-  const int64_t panel = 2 * kernels->lanes;
-  if (in_panels && (m.n % panel || w.dimensions()[2] != panel))
-    return ffi::Error::InvalidArgument("panels have " + std::to_string(panel) + " columns");
-  // A few tasks a thread, so that a late one costs little; at least two panels wide each.
-  const int64_t unit = in_panels ? panel : kernels->lanes, units = m.n / unit;
-  const int64_t wanted = std::max<int64_t>(1, std::min(m.n / panel / 2, 4 * threads_of(pool)));
-  const int64_t width = (units + wanted - 1) / wanted * unit;
-  run_all(pool, (m.n + width - 1) / width, [&](int64_t i) {
-    kernels->columns(m, i * width, std::min((i + 1) * width, m.n));
-  });
-  return ffi::Error::Success();
+  std::unique_ptr<float[]> copy;
+  m.x = prepared(pool, copy, x, 0);
+  return by_columns(pool, *kernels, m, w);
+}
+
+static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                                ffi::AnyBuffer offsets, ffi::Result<ffi::BufferR2<ffi::F32>> y, std::string_view isa,
+                                bool in_panels) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  Matmul m = matmul_of(x, values, y, in_panels);
+  m.type = values.element_type() == ffi::DataType::U8 ? Type::kInt4 : Type::kInt8;
+  m.scales = scales.untyped_data();
+  m.offsets = offsets.element_count() ? offsets.untyped_data() : nullptr;
+  m.scales_type = type_of(scales);
+  m.group = m.k / scales.dimensions()[in_panels ? 1 : 0];
+  std::unique_ptr<float[]> copy;
+  m.x = prepared(pool, copy, x, m.type == Type::kInt4 ? m.group : 0);
+  return by_columns(pool, *kernels, m, values);
 }
 
 // What decode and prefill calls share. `heads` KV heads stand head_stride elements apart in a page's row, each key
@@ -259,6 +317,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_matmul, octavo::matmul,
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<std::string_view>("isa")
                                   .Attr<bool>("transposed")
+                                  .Attr<bool>("in_panels"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_packed_matmul, octavo::packed_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<std::string_view>("isa")
                                   .Attr<bool>("in_panels"));
 
 #define OCTAVO_ATTENTION_ATTRIBUTES   \

@@ -18,6 +18,7 @@ typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Half __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t Pairs __attribute__((vector_size(LANES)));
 
 template <typename T>
 inline T read(const void* from) {
@@ -41,6 +42,27 @@ inline Vec widen(const int8_t* w) {
 inline Vec widen(const uint16_t* w) { return (Vec)(__builtin_convertvector(read<Half>(w), Bits) << 16); }
 inline Vec widen(const int8_t* w) { return __builtin_convertvector(__builtin_convertvector(read<Bytes>(w), Ints), Vec); }
 #endif
+
+// Bytes as integers.
+inline Ints bytes(const uint8_t* w) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(read<__m128i>(w));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w)));
+#else
+  return __builtin_convertvector(read<Pairs>(w), Ints);
+#endif
+}
+
+inline Vec floats(Ints numbers) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps((__m512i)numbers);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps((__m256i)numbers);
+#else
+  return __builtin_convertvector(numbers, Vec);
+#endif
+}
 
 inline Vec splat(float value) { return value - Vec{}; }
 

@@ -198,7 +198,7 @@ def random_params(model: ModelConfig, config: EngineConfig, seed: int) -> dict[s
 def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> World:
     """Its oracle computes in float32 with the weights that the format says."""
     with tempfile.TemporaryDirectory() as folder:
-        both = load_both(open_in(Path(folder)))
+        both = load_both(open_in(Path(folder)), STORED.panels_for)
     config = replace(STORED, stored=tuple(both.packings.items()))
     return _world(both.opened.config, config, both.packed, jax.device_put(both.wide))
 

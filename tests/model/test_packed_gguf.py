@@ -18,6 +18,7 @@ from engine.model.quantization import pack, packed_shape
 from engine.model.weights.gguf import GgufCheckpoint, open_gguf
 from engine.model.weights.packed import summary
 from pallas_kernels.quantized import Quantized, tree_bytes
+from pallas_kernels.target import Target
 from tests.model.gguf_files import close
 from tests.model.models import relative_error
 from tests.oracle import naive_logits
@@ -79,16 +80,18 @@ class Both:
     packed: dict[str, Any]
 
 
-def load_both(opened: Any) -> Both:
+def load_both(opened: Any, panels_for: Target | None = None) -> Both:
     """The float32 parameters and the packed ones, of the shapes that were promised."""
     specs = param_specs(opened.config, FLOAT32)
     stored = opened.stored(specs)
     packings = {name: weight.packing for name, weight in stored.items() if weight.packing}
     wide = opened.load(specs, lambda _, array: array)
-    packed = opened.load(specs, lambda name, array: jax.device_put(pack(specs[name], array, None)), packings)
+    packed = opened.load(
+        specs, lambda name, array: jax.device_put(pack(specs[name], array, None, panels_for)), packings
+    )
     for name, array in packed.items():
         assert jax.tree.map(lambda a: (a.shape, a.dtype), array) == jax.tree.map(
-            lambda a: (a.shape, a.dtype), packed_shape(specs[name], packings.get(name))
+            lambda a: (a.shape, a.dtype), packed_shape(specs[name], packings.get(name), panels_for)
         )
     return Both(opened, packings, wide, packed)
 

@@ -14,7 +14,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import KernelDeclined
+from pallas_kernels.matmul import matmul
+from pallas_kernels.native import library
 from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize, quantized_shape
+from pallas_kernels.quantized_matmul import cpu as native
 from pallas_kernels.quantized_matmul import gpu, quantized_matmul, reference, tpu
 from pallas_kernels.quantized_matmul.api import CANDIDATES, MatmulSpec, choice
 from pallas_kernels.quantized_matmul.cases import CASES, SMALL, Case
@@ -28,7 +31,9 @@ TARGETS = {
     "tpu_v5e": Target("tpu", "v5e", (("quantized_matmul", "tpu"),), interpret=True),
     "tpu_7x": Target("tpu", "tpu7x", (("quantized_matmul", "tpu"),), interpret=True),
     "gpu": Target("gpu", "h200", (("quantized_matmul", "gpu"),), interpret=True),
+    "native": Target(implementations=(("quantized_matmul", "cpu"),), native=library().isa),
 }
+needs_native = pytest.mark.skipif(not library().isa, reason=library().missing)
 QUICK_ON_GPU = ("int8", "int8_grouped", "int4_32", "int4_64", "int4_32_offsets_bf16", "e4m3_dynamic", "int8_32")
 
 
@@ -99,19 +104,34 @@ def params() -> list[Any]:
         for case in SMALL:
             slow = name == "gpu" and case.name not in QUICK_ON_GPU
             slow = slow or (name == "tpu_7x" and case.activations == "float") or case.tokens * case.k > 20000
-            out.append(pytest.param(name, case, id=f"{name}-{case.name}", marks=[pytest.mark.slow] if slow else []))
+            marks = [pytest.mark.slow] if slow and name != "native" else []
+            marks += [needs_native] if name == "native" else []
+            out.append(pytest.param(name, case, id=f"{name}-{case.name}", marks=marks))
     return out
 
 
 @pytest.mark.parametrize(("implementation", "case"), params())
 def test_matches_float64(implementation: str, case: Case) -> None:
     call, target = filled(case), TARGETS[implementation]
-    if implementation == "gpu" and case.dtype != "bfloat16":
-        with pytest.raises(KernelDeclined, match="float32"):
+    declined = {"gpu": declined_by_gpu, "native": declined_by_native}
+    if implementation in declined and (reason := declined[implementation](case)):
+        with pytest.raises(KernelDeclined, match=reason):
             call.run(target)
         return
     check(call, call.run(target))
     assert not races_found()
+
+
+def declined_by_gpu(case: Case) -> str:
+    if case.dtype != "bfloat16":
+        return case.dtype
+    return "groups of 16" if case.group == 16 else ""
+
+
+def declined_by_native(case: Case) -> str:
+    if case.format.startswith("float8"):
+        return f"{case.format} weights"
+    return "dynamic activations" if case.activations == "dynamic" else ""
 
 
 def swapped_nibbles(w: Quantized) -> Quantized:
@@ -123,11 +143,56 @@ def moved_scales(w: Quantized) -> Quantized:
     return replace(w, scales=np.roll(np.asarray(w.scales), 1, axis=0))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tpu_v5e", "gpu"])
+@pytest.mark.parametrize("implementation", ["reference", "tpu_v5e", "gpu", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("spoil", [swapped_nibbles, moved_scales])
 def test_the_check_notices(implementation: str, spoil: Any) -> None:
     call = filled(next(case for case in SMALL if case.name == "int4_64"))
     assert error(call, call.run(TARGETS[implementation], spoil(call.w))) > 0.02
+
+
+ROWS = (1, 2, 3, 4, 5, 33)  # each way in which a weight is read
+PACKINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "int4": (192, 96, {"format": "int4", "group": 32}),
+    "int4, offsets": (576, 160, {"format": "int4", "group": 64, "symmetric": False}),
+    "int4, bfloat16": (288, 1056, {"format": "int4", "group": 96, "scale_dtype": jnp.bfloat16}),
+    "int4, groups of 2": (32, 32, {"format": "int4", "group": 2, "symmetric": False, "scale_dtype": jnp.bfloat16}),
+    "int4, one group": (608, 32, {"format": "int4"}),
+    "int8": (544, 96, {"format": "int8", "group": 32}),
+    "int8, offsets": (288, 224, {"format": "int8", "group": 9, "symmetric": False}),
+    "int8, one group": (96, 64, {"format": "int8", "symmetric": False}),
+}
+
+
+def in_order_of_the_bytes(w: Quantized) -> np.ndarray:
+    """Rows of the weight as int4 stores them: two a byte."""
+    rows = np.arange(w.shape[0])
+    return rows.reshape(-1, 2, w.group // 2).swapaxes(1, 2).reshape(-1) if w.format == "int4" else rows
+
+
+@needs_native
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_native_is_the_product_of_the_dequantized_weights_to_the_bit(kind: str) -> None:
+    """In every bucket and beside rows of NaN: a row alone and the float32 product, rows of w in the bytes' order.
+
+    Scales have few bits here, as those of checkpoints have, so that a number times its scale is exact.
+    """
+    k, n, how = PACKINGS[kind]
+    rng = np.random.default_rng(k + n)
+    w = quantize(rng.standard_normal((k, n)).astype(np.float32), **how)
+    w = replace(w, scales=np.asarray(w.scales).astype(jnp.bfloat16).astype(w.scales.dtype))
+    x = rng.standard_normal((max(ROWS), k)).astype(np.float32)
+    order = in_order_of_the_bytes(w)
+    wide = np.asarray(dequantize(w))
+    wanted = np.asarray(matmul(jnp.asarray(x[:, order]), jnp.asarray(wide[order]), target=TARGETS["native"]))
+    call = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
+    assert np.array_equal(call(x, w), wanted)
+    if width := native.panel_of(w, TARGETS["native"]):
+        w = native.cut(w, width)
+        assert np.array_equal(call(x, w), wanted)
+    x[1:] = np.nan
+    for rows in ROWS:
+        found = np.asarray(call(x[:rows], w))
+        assert np.array_equal(found[0], wanted[0]) and np.isnan(found[1:]).all(), rows
 
 
 def test_blocks_of_columns_overlap_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +242,6 @@ def test_computed_blocks_divide_and_fit(chip: str) -> None:
 @pytest.mark.parametrize(
     ("change", "platform", "chip", "reason"),
     [
-        ({}, "cpu", "cpu", "for"),
         ({}, "tpu", "v9", "'v9'"),
         ({}, "gpu", "h900", "'h900'"),
         ({"k": 96, "group": 96}, "tpu", "v5e", "K 96"),
@@ -192,21 +256,32 @@ def test_computed_blocks_divide_and_fit(chip: str) -> None:
         ({"tokens": 4096}, "gpu", "h100", "4096 tokens"),
         ({"n": 100}, "gpu", "h100", "N 100"),
         ({"k": 65600, "group": 65600}, "tpu", "v5e", "K 65600"),
+        ({"k": 40, "group": 40}, "cpu", "cpu", "not multiples of 16"),
+        ({"n": 100}, "cpu", "cpu", "not multiples of 16"),
+        ({"format": "float8_e5m2"}, "cpu", "cpu", "float8_e5m2 weights"),
+        ({"dtype": "float16"}, "cpu", "cpu", "float16 times int8"),
+        ({"scale_dtype": "float16"}, "cpu", "cpu", "float16 scales"),
+        ({"activations": "dynamic"}, "cpu", "cpu", "dynamic activations"),
     ],
 )
 def test_declines_name_the_numbers(change: dict[str, Any], platform: Any, chip: str, reason: str) -> None:
     spec = replace(MatmulSpec(8, 256, 256, "bfloat16", "int8", 256), **change)
-    made = choice(spec, Target(platform, chip))
+    isa = "avx2" if platform == "cpu" else ""
+    made = choice(spec, Target(platform, chip, native=isa))
     assert made.implementation.name == "reference"
-    said = dict(made.declined)
-    assert reason in said[platform if platform != "cpu" else "tpu"]
-    if platform != "cpu":
-        with pytest.raises(KernelDeclined, match="was asked for"):
-            choice(spec, Target(platform, chip, (("quantized_matmul", platform),)))
+    assert reason in dict(made.declined)[platform]
+    with pytest.raises(KernelDeclined, match="was asked for"):
+        choice(spec, Target(platform, chip, (("quantized_matmul", platform),), native=isa))
 
 
 def test_platforms_get_their_kernel() -> None:
     spec = MatmulSpec(8, 256, 256, "bfloat16", "int8", 256)
+    assert dict(choice(spec, CPU).declined) == {
+        "tpu": "for tpu",
+        "gpu": "for gpu",
+        "cpu": "the native library is not there",
+    }
+    assert choice(spec, Target(native="avx2")).implementation.name == "cpu"
     assert [c.name for c in CANDIDATES] == ["tpu", "gpu", "cpu", "reference"]
     for platform, chips in AOT_CHIPS.items():
         for chip in chips:
