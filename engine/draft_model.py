@@ -24,45 +24,21 @@ BEHIND_TOKENS = 16  # of a row that one pass catches up
 LATEST_TOKENS = 2  # of a row that are new to it when all that it proposed was accepted
 
 
-def draft_of(compute: Compute) -> Compute:
-    """ValueError without a draft model."""
-    if compute.draft is None:
-        raise ValueError("nothing was made for a draft model")
-    return compute.draft
-
-
 def read_prompts(compute: Compute, params: Params, kv: KV, slots: Slots, tokens: Array, rows: PrefillRows) -> KV:
     """Write its KV of a step's chunks of prompts, int32 [tokens]."""
-    kv, _ = _forward(compute, params, kv, tokens, nobody(slots), rows)
-    return kv
+    draft, first = _draft_of(compute), compute.model.num_layers
+    pages, _, _ = forward(draft, _own(params), kv[first:], tokens, nobody(slots), rows)
+    return (*kv[:first], *pages)
 
 
 def propose(
     compute: Compute, params: Params, kv: KV, slots: Slots, slot: Array, active: Array, count: int
 ) -> tuple[KV, Array]:
     """int32 [rows, count]: the tokens that it finds likeliest after each row's last one, one after the other."""
-    position = slots.position[slot]
-    kv = _caught_up(compute, params, kv, slots, slot, active)
-    start = position - (LATEST_TOKENS - 1)
-    tokens = _latest(slots, slot, start, LATEST_TOKENS)
-    rows = chunk_rows(slots, slot, active, start, LATEST_TOKENS)
-    kv, hidden = _forward(compute, params, kv, tokens.reshape(-1), nobody(slots), rows)
-    token = _likeliest(compute, params, hidden.reshape(*tokens.shape, -1)[:, -1])
-    proposed = jnp.zeros((slot.shape[0], count), jnp.int32).at[:, 0].set(token)
-    tables = roomy_tables(slots, slot, active, count)
-
-    def turn(i: Array | int, state: tuple[KV, Array]) -> tuple[KV, Array]:
-        kv, proposed = state
-        rows = DecodeRows(slot, jnp.where(active, position + i, 0), active, tables)
-        last = jax.lax.dynamic_index_in_dim(proposed, i - 1, axis=1, keepdims=False)
-        kv, hidden = _forward(compute, params, kv, last, rows, None)
-        return kv, proposed.at[:, i].set(_likeliest(compute, params, hidden))
-
-    if compute.target.loops_copy:
-        for i in range(1, count):
-            kv, proposed = turn(i, (kv, proposed))
-        return kv, proposed
-    return jax.lax.fori_loop(1, count, turn, (kv, proposed))
+    draft, first = _draft_of(compute), compute.model.num_layers
+    pages = _caught_up(draft, _own(params), kv[first:], slots, slot, active)
+    pages, proposed = _drawn(draft, _own(params), pages, slots, slot, active, count)
+    return (*kv[:first], *pages), proposed
 
 
 def keep_count(before: Slots, after: Slots, slot: Array, active: Array, count: int) -> Slots:
@@ -74,31 +50,58 @@ def keep_count(before: Slots, after: Slots, slot: Array, active: Array, count: i
     return replace(after, drafted=drafted.at[slot].set(jnp.where(active, known, drafted[slot])))
 
 
-def _caught_up(compute: Compute, params: Params, kv: KV, slots: Slots, slot: Array, active: Array) -> KV:
+def _drawn(
+    draft: Compute, params: Params, pages: KV, slots: Slots, slot: Array, active: Array, count: int
+) -> tuple[KV, Array]:
+    """From the latest tokens on, all before them being known."""
+    position = slots.position[slot]
+    start = position - (LATEST_TOKENS - 1)
+    latest = _tokens(slots, slot, start, LATEST_TOKENS)
+    rows = chunk_rows(slots, slot, active, start, LATEST_TOKENS)
+    pages, hidden, _ = forward(draft, params, pages, latest.reshape(-1), nobody(slots), rows)
+    token = _likeliest(draft, params, hidden.reshape(*latest.shape, -1)[:, -1])
+    proposed = jnp.zeros((slot.shape[0], count), jnp.int32).at[:, 0].set(token)
+    tables = roomy_tables(slots, slot, active, count)
+
+    def turn(i: Array | int, state: tuple[KV, Array]) -> tuple[KV, Array]:
+        pages, proposed = state
+        rows = DecodeRows(slot, jnp.where(active, position + i, 0), active, tables)
+        last = jax.lax.dynamic_index_in_dim(proposed, i - 1, axis=1, keepdims=False)
+        pages, hidden, _ = forward(draft, params, pages, last, rows, None)
+        return pages, proposed.at[:, i].set(_likeliest(draft, params, hidden))
+
+    if draft.target.loops_copy:
+        for i in range(1, count):
+            pages, proposed = turn(i, (pages, proposed))
+        return pages, proposed
+    return jax.lax.fori_loop(1, count, turn, (pages, proposed))
+
+
+def _caught_up(draft: Compute, params: Params, pages: KV, slots: Slots, slot: Array, active: Array) -> KV:
     """With KV of all but the latest tokens of each row: what it missed, a few tokens a row at a time."""
     until = slots.position[slot] - (LATEST_TOKENS - 1)
 
     def more(state: tuple[Array, KV]) -> Array:
-        return compute.place.any(active & (state[0] < until))
+        return draft.place.any(active & (state[0] < until))
 
     def turn(state: tuple[Array, KV]) -> tuple[Array, KV]:
-        known, kv = state
+        known, pages = state
         behind = active & (known < until)
-        tokens = _latest(slots, slot, known, BEHIND_TOKENS)
+        tokens = _tokens(slots, slot, known, BEHIND_TOKENS)
         rows = chunk_rows(slots, slot, behind, known, BEHIND_TOKENS)  # what it writes too far on is written again
-        kv, _ = _forward(compute, params, kv, tokens.reshape(-1), nobody(slots), rows)
-        return known + jnp.where(behind, BEHIND_TOKENS, 0), kv
+        pages, _, _ = forward(draft, params, pages, tokens.reshape(-1), nobody(slots), rows)
+        return known + jnp.where(behind, BEHIND_TOKENS, 0), pages
 
     def catch_up(state: tuple[Array, KV]) -> tuple[Array, KV]:
         return jax.lax.while_loop(more, turn, state)
 
-    state = drafted_of(slots)[slot], kv
-    if compute.target.loops_copy:  # the weights, but in a branch that is seldom taken
+    state = drafted_of(slots)[slot], pages
+    if draft.target.loops_copy:  # the weights, but in a branch that is seldom taken
         return jax.lax.cond(more(state), catch_up, lambda state: state, state)[1]
     return catch_up(state)[1]
 
 
-def _latest(slots: Slots, slot: Array, start: Array, count: int) -> Array:
+def _tokens(slots: Slots, slot: Array, start: Array, count: int) -> Array:
     """int32 [rows, count]: the sequences' tokens from `start` on, 0 where there are none."""
     history = history_of(slots)[slot]
     at = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
@@ -106,18 +109,15 @@ def _latest(slots: Slots, slot: Array, start: Array, count: int) -> Array:
     return jnp.where((at >= 0) & (at <= slots.position[slot][:, None]), tokens, 0)
 
 
-def _forward(
-    compute: Compute, params: Params, kv: KV, tokens: Array, decode: DecodeRows, prefill: PrefillRows | None
-) -> tuple[KV, Array]:
-    """`forward` of the draft model, whose pages stand behind what the other's layers keep."""
-    draft, first = draft_of(compute), compute.model.num_layers
-    pages, hidden, _ = forward(draft, _own(params), kv[first:], tokens, decode, prefill)
-    return (*kv[:first], *pages), hidden
-
-
-def _likeliest(compute: Compute, params: Params, hidden: Array) -> Array:
+def _likeliest(draft: Compute, params: Params, hidden: Array) -> Array:
     """int32 [rows]."""
-    return jnp.argmax(logits_of(draft_of(compute), _own(params), hidden), axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits_of(draft, params, hidden), axis=-1).astype(jnp.int32)
+
+
+def _draft_of(compute: Compute) -> Compute:
+    if compute.draft is None:
+        raise ValueError("nothing was made for a draft model")
+    return compute.draft
 
 
 def _own(params: Params) -> Params:
