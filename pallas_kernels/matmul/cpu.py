@@ -18,7 +18,7 @@ from pallas_kernels.native.library import MATMUL
 from pallas_kernels.panels import Panels
 from pallas_kernels.target import Target
 
-STREAMED = 4  # rows up to which reading the weights is what takes time; `kernels.cc` streams them
+STREAMED = 4  # rows up to which reading the weights is what takes time, whoever multiplies
 PANEL = 4  # vectors
 WEIGHTS = ("float32", "bfloat16", "int8")
 

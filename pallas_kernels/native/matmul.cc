@@ -10,7 +10,9 @@ namespace {
 
 constexpr int64_t kWide = 2 * kLanes;                // columns of a register tile
 constexpr int64_t kTileRows = LANES == 16 ? 12 : 6;  // its rows; tile, weights and one row's value fill the registers
-constexpr int64_t kDeep = 8;                         // stored rows of w that are streamed at once
+constexpr int64_t kDeep = 8;                         // stored rows of w that are streamed at once: few, since each
+                                                     // may fall into the same set of the cache
+constexpr int64_t kPanelDeep = 32;                   // rows of w of a panel, where they are one behind the other
 constexpr int64_t kPanel = 4 * kLanes;               // columns of a panel
 constexpr int64_t kBlock = 256;                      // rows of w that are widened at once: 2 * kWide columns fit in L1
 
@@ -24,7 +26,7 @@ inline int64_t place(bool in_panels, int64_t rows, int64_t n, int64_t row, int64
 
 template <typename W>
 struct Plain {
-  static constexpr int kRows = 1;
+  static constexpr int kRows = 1, kStreamed = 8;  // rows of x up to which widening w again and again is cheaper
   const W* w;
   int64_t rows, n, stride, group;
   bool in_panels;
@@ -62,7 +64,7 @@ inline void numbers(const uint8_t* w, Vec (&out)[2]) {
 // int8_t: a row each; uint8_t: two nibbles.
 template <typename W>
 struct Packed {
-  static constexpr int kRows = std::is_same_v<W, uint8_t> ? 2 : 1;
+  static constexpr int kRows = std::is_same_v<W, uint8_t> ? 2 : 1, kStreamed = 4;
   const W* w;
   const void *scales, *offsets;
   int64_t rows, groups, n, stride, group;
@@ -143,24 +145,33 @@ inline void tiles(const float* x, int64_t x_stride, const float* w, int64_t w_st
   if (r < rows) tile<1, 2, 1>(x + r * x_stride, x_stride, reader, y + r * y_stride, y_stride, depth);
 }
 
-// Few rows: limited by reading w. kDeep of its stored rows are read along their columns, the next ones on their way.
+// A tile of up to 8 rows, 4 at a time: more would leave no registers for what is widened.
+template <int kRows, int kVecs, int kStored, typename Reader>
+inline void few(const float* x, int64_t x_stride, const Reader& w, float* y, int64_t y_stride, int64_t depth) {
+  tile<std::min(kRows, 4), kVecs, kStored>(x, x_stride, w, y, y_stride, depth);
+  if constexpr (kRows > 4)
+    tile<kRows - 4, kVecs, kStored>(x + 4 * x_stride, x_stride, w, y + 4 * y_stride, y_stride, depth);
+}
+
+// Few rows: limited by reading w. Some of its stored rows are read along their columns, the next ones on their way.
 template <int kRows, typename Weights>
 void stream(const Matmul& m, const Weights& w, int64_t begin, int64_t end) {
   constexpr int kVecs = kRows > 2 ? 2 : 4, kStored = Weights::kRows;
   constexpr int64_t kStride = kVecs * kLanes;
+  const int64_t deep = m.in_panels ? kPanelDeep / kStored : kDeep;
   for (int64_t t = 0; t < kRows; ++t) std::fill(m.y + t * m.n + begin, m.y + t * m.n + end, 0.0f);
   for (int64_t k = 0, g = 0, depth = 0; k < w.rows; k += depth) {
     if (k == (g + 1) * w.group) ++g;
-    depth = std::min(kDeep, (g + 1) * w.group - k);
-    const int64_t next = std::min(kDeep, w.rows - k - depth);
+    depth = std::min(deep, (g + 1) * w.group - k);
+    const int64_t next = std::min(deep, w.rows - k - depth);
     const float* x = m.x + k * kStored;
     int64_t c = begin;
     for (; c + kStride <= end; c += kStride) {
       const auto reader = w.template at<kVecs>(g, k, c);
       for (int64_t d = 0; d < next; ++d) __builtin_prefetch(reader.w + (depth + d) * w.stride);
-      tile<kRows, kVecs, kStored>(x, m.k, reader, m.y + c, m.n, depth);
+      few<kRows, kVecs, kStored>(x, m.k, reader, m.y + c, m.n, depth);
     }
-    if (c < end) tile<kRows, 2, kStored>(x, m.k, w.template at<2>(g, k, c), m.y + c, m.n, depth);
+    if (c < end) few<kRows, 2, kStored>(x, m.k, w.template at<2>(g, k, c), m.y + c, m.n, depth);
   }
 }
 
@@ -243,8 +254,14 @@ void columns_of(const Matmul& m, int64_t begin, int64_t end) {
     case 2: return streamed<2>(m, w, begin, end);
     case 3: return streamed<3>(m, w, begin, end);
     case 4: return streamed<4>(m, w, begin, end);
-    default: return block(m, w, begin, end);
   }
+  if constexpr (Weights::kStreamed == 8) switch (m.tokens) {
+      case 5: return streamed<5>(m, w, begin, end);
+      case 6: return streamed<6>(m, w, begin, end);
+      case 7: return streamed<7>(m, w, begin, end);
+      case 8: return streamed<8>(m, w, begin, end);
+    }
+  block(m, w, begin, end);
 }
 
 template <typename W>
