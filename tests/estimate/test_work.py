@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from benchmarks.fake_device import MODEL, FakeDevice, fake_engine
+from engine.batch import StepKey
+from engine.config import Draft
 from engine.estimate.count import Count, Span, Step, count_step
+from engine.estimate.work import Work
 from engine.loop import Engine
-from engine.plan import StepPlan
+from engine.plan import DecodeRow, DecodeRows, PrefillRow, StepPlan
 from engine.request import Request, SamplingParams
+from engine.sequence import Sequence
 
 
 def served(engine: Engine, lengths: dict[int, int], tokens: int) -> list[StepPlan]:
@@ -72,3 +77,21 @@ def test_asking_often_changes_nothing() -> None:
     assert all(one.flops <= other.flops and one.memory_bytes <= other.memory_bytes for one, other in pairwise(seen))
     assert seen[0].flops == 0 and seen[1].flops < seen[2].flops == seen[3].flops
     assert seen[3].memory_bytes == pytest.approx(one_by_one(engine, plans).memory_bytes, rel=1e-6)
+
+
+def test_a_draft_model_counts_too() -> None:
+    """It is fed the two latest tokens, then one proposed one after the other; of prompts it draws nothing."""
+    plain = fake_engine(FakeDevice(), max_num_seqs=8, max_model_len=512, max_num_batched_tokens=128).config
+    config = replace(plain, draft_tokens=3, draft=Draft(MODEL, plain.dtype, plain.kv_cache_dtype, (), plain.shards))
+    work = Work(MODEL, config)
+    request = Request(request_id="some", prompt_token_ids=(1,) * 100, params=SamplingParams())
+    seqs = [Sequence(request, 0, i, 0, 200, None) for i in range(3)]
+    work.add(StepKey(0, 4, 3), StepPlan((), DecodeRows.of(DecodeRow(seq, 99, 4, 0, ()) for seq in seqs), (), 3))
+    work.add(StepKey(128, 0), StepPlan((PrefillRow(seqs[0], 0, 100, True, False),), DecodeRows(), (seqs[0],)))
+    steps = [
+        *(Step(16, 16, (Span(4, 99, 3),)), Step(8, 4, (Span(2, 98, 3),))),
+        *(Step(4, 4, (Span(1, start, 3),)) for start in (100, 101)),
+        *(Step(128, drawn, (Span(100, 0),)) for drawn in (config.max_prefill_rows, 0)),
+    ]
+    expected = sum((count_step(MODEL, plain, step) for step in steps), Count())
+    assert work.totals() == pytest.approx((expected.all_flops, expected.memory_bytes))
