@@ -42,7 +42,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = status("VmRSS")
 assert status("VmHWM") < before * 1.2, "the peak was not reset"
 params = load_params(checkpoint, config, lambda phase, done, of: None)
-weights = sum(array.nbytes for array in params.values())
+weights = sum(array.nbytes for array in jax.tree.leaves(params))
 print(weights, status("VmHWM") - before, status("VmRSS") - before)
 """
 
