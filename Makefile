@@ -7,7 +7,7 @@ bin := $(VENV)/bin
 aot_rows := .cache/aot-rows.jsonl
 pip := $(bin)/python -m pip --disable-pip-version-check
 
-.PHONY: help serve test check format bench bench-peers bench-startup aot aot-all clean
+.PHONY: help serve test check format bench bench-peers bench-startup soak aot aot-all clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ bench-peers: $(VENV)/.installed-bench .venv-peers/.installed ## the same next to
 
 bench-startup: $(VENV)/.installed ## seconds from process start to ready, cold and warm
 	$(bin)/octavo bench startup --result-dir benchmarks/results $(ARGS)
+
+soak: $(VENV)/.installed ## an hour of mixed requests on a server whose model costs nothing
+	$(bin)/python -m benchmarks.soak $(if $(ARGS),$(ARGS),--seconds 3600)
 
 # In an environment of its own: two gigabytes of compilers that serving on a CPU must not load.
 aot: ## compile the step programs for one TPU and one GPU, with neither at hand
