@@ -53,7 +53,8 @@ class EngineOptions:
     quantization: Literal["auto", "stored", "none", "int8", "int4", "fp8"] = option(
         "auto",
         "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows; stored "
-        "keeps what the checkpoint has packed, none makes it float, auto is stored on a TPU or GPU and none on a CPU",
+        "keeps what the checkpoint has packed, none makes it float, auto is stored on a TPU or GPU, and on a CPU for "
+        "4-bit matrices that compiled kernels multiply by",
     )
     sharding: str = option("single", "how the model is cut over the devices: a name in configs/sharding or a YAML file")
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")

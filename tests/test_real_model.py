@@ -15,7 +15,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.config import EngineOptions
 from engine.load import tokenizer_of
-from tests.e2e.serving import OPTIONS
+from tests.e2e.serving import MODEL, OPTIONS
 
 FIXTURE = Path(__file__).parent / "fixtures" / "real_model.npz"
 TOLERANCE = 1e-3  # of the norm of the logits, and the margin under which two tokens count as a tie
@@ -36,7 +36,7 @@ def prompts(expected: dict[str, np.ndarray]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def llm(default_model_path: Path) -> Iterator[LLM]:
-    with LLM(str(default_model_path), **OPTIONS) as model:
+    with LLM(MODEL, **OPTIONS) as model:
         yield model
 
 

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from engine import LLM
-from tests.e2e.serving import OPTIONS, Served, running
+from tests.e2e.serving import MODEL, OPTIONS, Served, running
 
 
 @pytest.fixture(scope="session")
@@ -40,5 +40,5 @@ def http(server: Served) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def llm(default_model_path: Path) -> Iterator[LLM]:
-    with LLM(str(default_model_path), **OPTIONS) as model:
+    with LLM(MODEL, **OPTIONS) as model:
         yield model

@@ -9,10 +9,11 @@ import jax
 import pytest
 
 from engine.batch import lattice
-from engine.config import EngineConfig, EngineOptions, options_from_dict
+from engine.config import DEFAULT_MODEL, EngineConfig, EngineOptions, options_from_dict
 from engine.errors import CapacityError, InvalidParam
 from engine.kernels import kernel_choices
-from engine.model.packing import Packing
+from engine.model.config import ModelConfig
+from engine.model.packing import Packing, Packings
 from engine.programs import compute_of, kv_shapes, page_bytes, state_bytes
 from engine.resolve import GIB, DeviceFacts, resolve, usable_bytes, with_pages
 from tests.engine.world import MIXED, MODEL, STATE_SPACE
@@ -61,6 +62,24 @@ def test_what_a_checkpoint_has_packed(asked: str, device: DeviceFacts, quantizat
     config = resolve(options, MODEL, "bfloat16", device, stored)
     assert (config.quantization, config.stored) == (quantization, stored if kept else ())
     assert ("stored 1 weights" in config.summary()) == kept
+
+
+def test_what_stays_packed_on_a_cpu_with_compiled_kernels() -> None:
+    """Four bits that they multiply by; a Q6_K beside it, experts and the default model become float."""
+    device = replace(CPU, native="avx2")
+    four = ("layers.0.o", Packing("int4", 32))
+    stored = (four, ("layers.0.qkv", Packing("int8", 16)), ("layers.1.o", Packing("int4", 32)))
+
+    def kept(device: DeviceFacts = device, of: ModelConfig = MODEL, **options: Any) -> Packings:
+        asked: dict[str, Any] = {"model": "mine.gguf", **options}
+        return resolve(EngineOptions(**asked), of, "bfloat16", device, stored).stored
+
+    assert kept() == (four, stored[2])
+    assert kept(quantization="stored") == stored
+    assert kept(of=replace(MODEL, hidden_size=40)) == (), "sizes that kernels decline"
+    assert kept(quantization="none") == () == kept(kernel=("quantized_matmul=reference",))
+    assert kept(model=DEFAULT_MODEL) == () and kept(model=DEFAULT_MODEL, quantization="stored") == stored
+    assert kept(CPU) == () == kept(replace(device, fast_bfloat16=True))
 
 
 @pytest.mark.parametrize("device", [CPU, GPU, TPU], ids=lambda d: d.platform)
