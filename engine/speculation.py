@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 TRIALS = 4  # steps of each way before they are compared
 PROBE_EVERY = 64  # steps, of which the slower way gets the last: texts change
+LAGGING_PROBE_EVERY = 256  # a draft model catches up for its probe, with all that was decoded without it
 WEIGHT = 0.1  # of a new measurement
 
 
@@ -44,9 +45,10 @@ class Speculation:
         if min(plain.steps, drafted.steps) < TRIALS:
             return self.draft_tokens if drafted.steps < TRIALS else 0
         better = drafted.tokens_per_s > plain.tokens_per_s
+        every, steps = (LAGGING_PROBE_EVERY, 2) if self.lags else (PROBE_EVERY, 1)
         since = self._since_probe.get(size, 0) + 1
-        self._since_probe[size] = since % PROBE_EVERY
-        probes = since > PROBE_EVERY - (2 if self.lags else 1)
+        self._since_probe[size] = since % every
+        probes = since > every - steps
         return self.draft_tokens if better != probes else 0
 
     def observe(self, num_seqs: int, drafts: int, num_tokens: int, seconds: float) -> None:

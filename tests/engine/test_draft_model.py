@@ -32,7 +32,7 @@ from engine.programs import compute_of, page_bytes, param_shapes, slots_of
 from engine.request import Request, SamplingParams
 from engine.resolve import DeviceFacts, ModelFiles, resolve
 from engine.runner import Runner
-from engine.speculation import PROBE_EVERY, TRIALS, Speculation
+from engine.speculation import LAGGING_PROBE_EVERY, TRIALS, Speculation
 from tests.engine.test_equality import run_schedule
 from tests.engine.world import DELTA, DRAFTED, LATENT, MODEL, Client, World, check_choice, run, world
 from tests.model import models
@@ -266,12 +266,12 @@ def test_it_is_loaded_from_a_folder(tmp_path: Path) -> None:
 def test_steps_that_catch_up_are_not_compared() -> None:
     """Both ways are tried, the draft model's first; a probe of it is two steps, of which the second counts."""
     speculation, ways = Speculation(3, lags=True), []
-    for _ in range(2 * TRIALS + 2 * PROBE_EVERY):
+    for _ in range(2 * TRIALS + 2 * LAGGING_PROBE_EVERY):
         ways.append(speculation.drafts(2))
         caught_up = len(ways) < 2 or ways[-2] > 0
         seconds = (0.02 if caught_up else 9.0) if ways[-1] else 0.01
         speculation.observe(2, ways[-1], num_tokens=3 if ways[-1] else 2, seconds=seconds)
     assert ways[: 2 * TRIALS] == [3] * TRIALS + [0] * TRIALS
-    assert ways[2 * TRIALS :].count(3) == 4 and ways[2 * TRIALS + PROBE_EVERY - 2 :][:2] == [3, 3]
+    assert ways[2 * TRIALS :].count(3) == 4 and ways[2 * TRIALS + LAGGING_PROBE_EVERY - 2 :][:2] == [3, 3]
     pace = speculation._pace(2, drafted=True)
     assert pace.steps == TRIALS + 2 and pace.tokens_per_s == pytest.approx(150)
