@@ -184,8 +184,8 @@ def draft_tokens_of(options: EngineOptions, model: ModelConfig, default: int) ->
 def _kept_packed(asked: str, name: str, model: ModelConfig, dtype: str, stored: Packings, target: Target) -> Packings:
     """Of what the checkpoint called `name` has packed, what stays so.
 
-    On a CPU that is by default what measured faster than bfloat16: 4 bits, where compiled kernels multiply by them. The
-    default model's numbers are those of bfloat16 weights, as its documentation has them.
+    On a CPU that is by default what measured as fast as bfloat16 or faster: 4 bits, where compiled kernels multiply by
+    them. The default model's numbers are those of bfloat16 weights, as its documentation has them.
     """
     if asked == "stored" or (asked == "auto" and target.platform != "cpu"):
         return stored
