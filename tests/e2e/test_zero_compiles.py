@@ -161,7 +161,7 @@ async def test_aborts_in_the_middle_compile_nothing(server: Served) -> None:
 
 def check_no_compiles(before: dict[str, float], after: dict[str, float]) -> None:
     assert after["octavo_compiles_after_ready_total"] == 0
-    assert after["octavo_compiles_total"] == before["octavo_compiles_total"] > 0
+    assert after["octavo_compiles_total"] == before["octavo_compiles_total"]  # none where others had compiled them
     assert is_idle(after)
 
 
