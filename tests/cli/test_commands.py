@@ -209,7 +209,9 @@ def test_leaving_a_stream_frees_its_slot(engine: FakeEngine) -> None:
         stream = LocalServer(engine).stream("/v1/completions", {"prompt": "hello", "max_tokens": 1000})
         await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):  # of the 10 s that the stream would have taken
+            while engine.num_running:
+                await asyncio.sleep(0.01)
         return engine.num_running
 
     assert asyncio.run(leave_early()) == 0
