@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +20,11 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # Most of the tests' time is XLA's; a program in 32 parts for 32 threads takes a sixth more of it on two cores.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("OCTAVO_CACHE_DIR", str(ROOT / ".cache"))
+
+# The same examples in every run, so that a failure is of the change at hand; `--hypothesis-profile default` draws
+# new ones.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.request import FinishReason, SamplingParams, TextDelta, TokenEvent, TokenLogprobs
@@ -82,16 +82,17 @@ def test_joined_deltas_are_the_full_decode(
 
 
 @given(text=st.text(max_size=30), cuts=any_cuts)
+@example(text="▁", cuts=[])
 @settings(deadline=None, max_examples=300)
 def test_no_delta_holds_a_part_of_a_character(text: str, cuts: list[int]) -> None:
     """Any text, also emoji of many code points: no delta shows a replacement character."""
     if "�" in text:
         return
-    for tokenizer in tokenizers():
+    for tokenizer, written in zip(tokenizers(), (text, text.replace("▁", " ")), strict=True):
         ids = tokenizer.encode(text, parse_special=False)
         deltas = run(TextStream(tokenizer, SamplingParams(skip_special_tokens=False), [5]), events(ids, cuts))
         assert all("�" not in delta.text for delta in deltas)
-        assert "".join(delta.text for delta in deltas).endswith(text)
+        assert "".join(delta.text for delta in deltas).endswith(written)  # "▁" is sentencepiece's space
 
 
 def reference(
