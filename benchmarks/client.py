@@ -203,7 +203,7 @@ def _status_and_lines(blocks: Sequence[tuple[float, bytes]]) -> tuple[int, list[
         return 0, []
     head = raw[:head_end].lower()
     body = head_end + 4
-    pieces = _chunks(raw, body) if b"transfer-encoding: chunked" in head else [(body, len(raw))]
+    pieces = chunks(raw, body) if b"transfer-encoding: chunked" in head else [(body, len(raw))]
     lines, begun = [], b""
     for start, end in pieces:
         place = start
@@ -216,7 +216,7 @@ def _status_and_lines(blocks: Sequence[tuple[float, bytes]]) -> tuple[int, list[
     return int(head.split(b" ", 2)[1]), lines
 
 
-def _chunks(raw: bytes, place: int) -> Iterator[tuple[int, int]]:
+def chunks(raw: bytes, place: int) -> Iterator[tuple[int, int]]:
     """Half-open ranges of a chunked body's data (RFC 9112, section 7.1). A torn last one ends with the bytes."""
     while (line_end := raw.find(b"\r\n", place)) >= 0:
         size = int(raw[place:line_end].split(b";")[0], 16)

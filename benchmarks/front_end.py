@@ -21,6 +21,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 from benchmarks.engines import free_port, process, until_ready
@@ -36,15 +37,12 @@ from server.process import run
 PROMPT_TOKENS, HOST = 32, "127.0.0.1"
 
 
-def serve(port: int, streams: int, decode_steps: int, step_s: float) -> int:
-    """The child: until a signal."""
+def serve(port: int, device: FakeDevice, **options: Any) -> int:
+    """The child: until a signal. `options` are those of `fake_engine`."""
 
     def launch(report: Report) -> ModelHandle:
         tokenizer = load_tokenizer(model_path(EngineOptions()), None)
-        engine = fake_engine(
-            FakeDevice(step_s), tokenizer, max_num_seqs=streams, max_model_len=1 << 14, decode_steps=decode_steps,
-            max_num_batched_tokens=8192, max_queued_requests=2 * streams, enable_prefix_caching=False,
-        )  # fmt: skip
+        engine = fake_engine(device, tokenizer, **options)
         engine.model_name = DEFAULT_MODEL
         return engine.start()
 
@@ -167,7 +165,11 @@ def main() -> int:
     args = parser.parse_args()
     step_s = args.streams * args.device_steps / args.tokens_per_s
     if args.port is not None:
-        return serve(args.port, args.streams, args.device_steps, step_s)
+        return serve(
+            args.port, FakeDevice(step_s), max_num_seqs=args.streams, max_model_len=1 << 14,
+            decode_steps=args.device_steps, max_num_batched_tokens=8192, max_queued_requests=2 * args.streams,
+            enable_prefix_caching=False,
+        )  # fmt: skip
     port = free_port()
     with process([sys.executable, "-m", "benchmarks.front_end", *sys.argv[1:], "--port", str(port)]) as child:
         for _ in until_ready(child, port):

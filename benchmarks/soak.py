@@ -28,36 +28,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
+from benchmarks.client import chunks
 from benchmarks.engines import free_port, process, until_ready
-from benchmarks.fake_device import FakeDevice, fake_engine
-from benchmarks.front_end import HOST, metric, scrape
-from engine.config import DEFAULT_MODEL, EngineOptions
-from engine.start import model_path
-from engine.text import load_tokenizer
-from server.config import ServerOptions
-from server.lifecycle import ModelHandle, Report
-from server.process import run
+from benchmarks.fake_device import FakeDevice
+from benchmarks.front_end import HOST, metric, scrape, serve
 
 STREAMS, SEQUENCES, PAGES, PAGE_TOKENS, MAX_LEN = 24, 16, 160, 16, 1024
 STEP_S = 0.0005
 QUIET_S = 20.0  # in which the server must come to rest
 JUDGED_FROM, MOST_GROWTH_MB = 10_000, 1.0  # requests; a 10,000 of them
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-def serve(port: int) -> int:
-    """The child: until a signal."""
-
-    def launch(report: Report) -> ModelHandle:
-        tokenizer = load_tokenizer(model_path(EngineOptions()), None)
-        engine = fake_engine(
-            FakeDevice(STEP_S), tokenizer, num_pages=PAGES, max_num_seqs=SEQUENCES, max_model_len=MAX_LEN,
-            max_num_batched_tokens=512, page_size=PAGE_TOKENS,
-        )  # fmt: skip
-        engine.model_name = DEFAULT_MODEL
-        return engine.start()
-
-    return run(launch, ServerOptions(host=HOST, port=port))
 
 
 @dataclass(frozen=True)
@@ -97,14 +77,8 @@ async def ask(port: int, path: str, body: bytes, hang_up: bool = False) -> Answe
 
 
 def unchunked(data: bytes) -> bytes:
-    """The content of a chunked body (RFC 9112, 7.1)."""
-    parts = []
-    while data:
-        size, _, data = data.partition(b"\r\n")
-        length = int(size, 16)
-        parts.append(data[:length])
-        data = data[length + 2 :]
-    return b"".join(parts)
+    """The content of a chunked body."""
+    return b"".join(data[start:end] for start, end in chunks(data, 0))
 
 
 @dataclass
@@ -251,7 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # this is the child
     args = parser.parse_args(argv)
     if args.port is not None:
-        return serve(args.port)
+        return serve(
+            args.port, FakeDevice(STEP_S), num_pages=PAGES, max_num_seqs=SEQUENCES, max_model_len=MAX_LEN,
+            max_num_batched_tokens=512, page_size=PAGE_TOKENS,
+        )  # fmt: skip
     port = free_port()
     with process([sys.executable, "-m", "benchmarks.soak", "--port", str(port)]) as child:
         for _ in until_ready(child, port):

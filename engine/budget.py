@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-WEIGHT = 0.2  # of a new measurement
+from engine.means import Means
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class PromptBudget:
     buckets: tuple[int, ...]  # ascending
     most: int  # tokens of any step; the last bucket holds them
     tpot_s: float | None
-    _seconds: dict[int, float] = field(default_factory=dict)  # bucket -> running mean of its steps with decode rows
+    _seconds: Means = field(default_factory=Means)  # by bucket, of its steps with decode rows
 
     def tokens(self, num_decoding: int) -> int:
         """Of the next step: all that fit where nobody decodes, else the largest bucket that is expected to be in time.
@@ -36,11 +36,10 @@ class PromptBudget:
         Infinite where nothing as small was measured: the smallest bucket is tried first, and a time that was once
         measured too long, on a busy machine say, is corrected by what smaller ones take.
         """
-        known = (seconds * max(1.0, bucket / of) for of, seconds in self._seconds.items() if of <= bucket)
+        known = (seconds * max(1.0, bucket / of) for of, seconds in self._seconds.known.items() if of <= bucket)
         return min(known, default=float("inf"))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step with decode rows computed so many prompt tokens."""
         bucket = next(bucket for bucket in self.buckets if bucket >= num_tokens)
-        before = self._seconds.get(bucket)
-        self._seconds[bucket] = seconds if before is None else before + WEIGHT * (seconds - before)
+        self._seconds.add(bucket, seconds)

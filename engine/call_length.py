@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-WEIGHT = 0.2  # of a new measurement
+from engine.means import Means
 
 
 @dataclass(slots=True)
@@ -20,21 +20,20 @@ class CallLength:
     fewest: int
     most: int
     call_s: float | None  # that a call should take at most; the fewest tokens may take longer
-    _token_s: dict[int, float] = field(default_factory=dict)  # bucket -> running mean
+    _token_s: Means = field(default_factory=Means)  # by bucket
 
     def tokens(self, num_seqs: int, *, others_wait: bool) -> int:
         """Of the next call: the fewest while requests wait for a slot that a sequence may leave, and where nothing was
         measured with as many sequences or more."""
         if self.call_s is None:
             return self.most
-        known = [self._token_s[bucket] for bucket in self.buckets if bucket >= num_seqs and bucket in self._token_s]
+        token_s = self._token_s.known
+        known = [token_s[bucket] for bucket in self.buckets if bucket >= num_seqs and bucket in token_s]
         if others_wait or not known:
             return self.fewest
         return max(self.fewest, min(self.most, int(self.call_s / max(known[0], 1e-9))))
 
     def observe(self, bucket: int, num_tokens: int, seconds: float) -> None:
         """A call drew up to `num_tokens` a row, one after the other."""
-        if self.call_s is None or not num_tokens:
-            return
-        token_s, before = seconds / num_tokens, self._token_s.get(bucket)
-        self._token_s[bucket] = token_s if before is None else before + WEIGHT * (token_s - before)
+        if num_tokens:
+            self._token_s.add(bucket, seconds / num_tokens)

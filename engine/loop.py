@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.batch import step_key
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidParam, OctavoError, QueueFull
 from engine.groups import scheduler_of
@@ -164,22 +163,24 @@ class Engine(EngineThread):
         learnt from is then the time since the launch. One too long is corrected by the next, one too short is a trap.
         """
         began_s, now_s = max(launched.at_s, self._last_step_s), time.monotonic()
-        name, plan = launched.step.name, launched.step.plan
+        key, plan = launched.step.key, launched.step.plan
+        name = key.name
         self.counters.step_s[name] = self.counters.step_s.get(name, 0.0) + now_s - began_s
         seconds = now_s - (launched.at_s if self._came_late else began_s)
         self._last_step_s, self._came_late = now_s, comes_late
         if plan.prefill_rows and plan.decode_rows and self.config.tpot_slo_s is not None:
-            self.scheduler.prompt_budget.observe(step_key(self.config, plan).tokens, seconds)
-        if plan.decode_rows and not plan.prefill_rows:
+            self.scheduler.prompt_budget.observe(key.tokens, seconds)
+        if plan.prefill_rows:
+            return
+        if self.config.draft_tokens:
             self._measure(plan, result, seconds)
+        if self.config.decode_call_s is not None and not plan.drafts:
+            self.scheduler.call_length.observe(key.rows, int(result.decode.num_drawn.max()), seconds)
 
     def _measure(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """What a decode step brought, with or without proposed tokens."""
         drawn = int(result.decode.num_drawn.sum())
         self.scheduler.speculation.observe(len(plan.decode_rows), plan.drafts, drawn, seconds)
-        if not plan.drafts and self.config.decode_call_s is not None:
-            rows = step_key(self.config, plan).rows
-            self.scheduler.call_length.observe(rows, int(result.decode.num_drawn.max()), seconds)
         if plan.drafts:
             self.counters.draft_tokens += result.num_proposed
             self.counters.accepted_draft_tokens += drawn - int((result.decode.num_drawn > 0).sum())

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
 from engine.config import EngineConfig
 from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.batch import StepKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +185,7 @@ class PendingStep(Protocol):
     @property
     def plan(self) -> StepPlan: ...
     @property
-    def name(self) -> str: ...  # of its program
+    def key(self) -> StepKey: ...  # of its program
     def is_done(self) -> bool: ...  # `result` will not wait
     def result(self) -> StepResult: ...
 

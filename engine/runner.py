@@ -46,10 +46,6 @@ class Pending:
     num_groups: int
     output: StepOutput  # device arrays
 
-    @property
-    def name(self) -> str:
-        return self.key.name
-
     def is_done(self) -> bool:
         return self.output.tokens.is_ready()  # type: ignore[attr-defined]  # the stubs do not know it
 

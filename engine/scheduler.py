@@ -180,8 +180,9 @@ class Scheduler:
 
     def _call_tokens(self, drafts: int) -> int:
         """That each sequence may draw in a call without prompts."""
-        length = self.call_length.tokens(len(self.running), others_wait=bool(self.waiting))
-        return self.config.most_steps(drafts) if drafts else length
+        if drafts:
+            return self.config.most_steps(drafts)
+        return self.call_length.tokens(len(self.running), others_wait=bool(self.waiting))
 
     def _plan_decode(self, num_steps: int) -> DecodeRows:
         rows = DecodeRows()

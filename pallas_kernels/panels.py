@@ -54,3 +54,8 @@ def whole(matrix: Array | Panels) -> Array:
     if isinstance(matrix, Panels):
         return jnp.swapaxes(jnp.asarray(matrix.values), 0, 1).reshape(matrix.shape)
     return matrix
+
+
+def as_stored(matrix: Array | Panels) -> Array:
+    """The one array that it is."""
+    return matrix.values if isinstance(matrix, Panels) else matrix

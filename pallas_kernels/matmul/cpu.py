@@ -15,7 +15,7 @@ from jax import Array
 from pallas_kernels.matmul.spec import MatmulSpec
 from pallas_kernels.native.build import LANES
 from pallas_kernels.native.library import MATMUL
-from pallas_kernels.panels import Panels
+from pallas_kernels.panels import Panels, as_stored
 from pallas_kernels.target import Target
 
 STREAMED = 4  # rows up to which reading the weights is what takes time, whoever multiplies
@@ -58,5 +58,4 @@ def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target) -> Arr
     """See `api.matmul`; int8 weights are multiplied as numbers."""
     n = w.shape[0] if transposed else w.shape[1]
     call = jax.ffi.ffi_call(MATMUL, jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
-    in_panels = isinstance(w, Panels)
-    return call(x, w.values if in_panels else w, isa=target.native, transposed=transposed, in_panels=in_panels)
+    return call(x, as_stored(w), isa=target.native, transposed=transposed, in_panels=isinstance(w, Panels))

@@ -16,7 +16,7 @@ from jax import Array
 from pallas_kernels.matmul import cpu
 from pallas_kernels.matmul.spec import MatmulSpec
 from pallas_kernels.native.library import PACKED_MATMUL
-from pallas_kernels.panels import Panels, in_panels
+from pallas_kernels.panels import Panels, as_stored, in_panels
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import Target
 
@@ -58,14 +58,10 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     if _scaled_sums(w):
         out = cpu.run(x, w.values, transposed=False, target=target)
         return (out * w.scales.astype(jnp.float32)).astype(x.dtype)
-    offsets = jnp.zeros((0,), w.scales.dtype) if w.offsets is None else _array(w.offsets).astype(w.scales.dtype)
-    arrays = (_array(w.values), _array(w.scales), offsets)
+    offsets = jnp.zeros((0,), w.scales.dtype) if w.offsets is None else as_stored(w.offsets).astype(w.scales.dtype)
+    arrays = (as_stored(w.values), as_stored(w.scales), offsets)
     call = jax.ffi.ffi_call(PACKED_MATMUL, jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.float32))
     return call(x, *arrays, isa=target.native, in_panels=isinstance(w.values, Panels)).astype(x.dtype)
-
-
-def _array(leaf: Array | Panels) -> Array:
-    return leaf.values if isinstance(leaf, Panels) else leaf
 
 
 def _scaled_sums(w: Quantized) -> bool:

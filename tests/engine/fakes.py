@@ -13,6 +13,7 @@ from itertools import chain
 
 import numpy as np
 
+from engine.batch import StepKey
 from engine.config import EngineConfig
 from engine.pages import TRASH_PAGE
 from engine.plan import DecodeResult, DecodeRow, PrefillRow, PromptLogprobs, RowResult, StepPlan, StepResult
@@ -93,11 +94,14 @@ class Slot:
     active: bool = False
 
 
+KEY = StepKey(0, 8)  # of every program
+
+
 @dataclass
 class FakePending:
     plan: StepPlan
     step: StepResult | Exception
-    name: str = "fake"
+    key: StepKey = KEY
 
     def is_done(self) -> bool:
         return True
