@@ -165,9 +165,9 @@ class EngineConfig:
         return self.shards.num_groups
 
     @property
-    def panels_for(self) -> Target | None:
-        """What weights are cut into panels for; None: they are not."""
-        return self.target if self.in_panels else None
+    def laid_for(self) -> Target | None:
+        """Whose kernels weights are laid out for; None: they lie as they are declared."""
+        return self.target if self.in_panels or self.target.platform != "cpu" else None
 
     def most_steps(self, drafts: int) -> int:
         """Tokens that a row of a decode step may draw: with proposed ones, all of those and one more."""

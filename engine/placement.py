@@ -34,7 +34,7 @@ def placer(model: ModelConfig, config: EngineConfig) -> Put:
     def place(name: str, array: np.ndarray | Quantized) -> Any:
         _, there = stage_of(name, model, config.shards)
         copied = with_copies(name, specs[name], array, copies)
-        return put(name, pack(served[there], copied, config.quantization, config.panels_for))
+        return put(name, pack(served[there], copied, config.quantization, config.laid_for))
 
     return place
 

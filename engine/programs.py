@@ -66,7 +66,7 @@ def stage_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
         if stored.setdefault(there, packing) != packing:
             raise ModelError(f"sharding: {name} is packed as {packing}, in another stage as {stored[there]}")
     return {
-        name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization), config.panels_for)
+        name: packed_shape(spec, stored.get(name) or packing_of(spec, config.quantization), config.laid_for)
         for name, spec in specs.items()
     }
 

@@ -25,6 +25,7 @@ class ParamSpec:
     merged. Small trailing dimensions would be padded to whole tiles there, several times their size.
     `lead`: dimensions before those, kept as they are on the device (experts).
     `packable`: only ever multiplied by, so it may be stored in fewer bits.
+    `by_rows`: of columns that no rule cuts, and read row by row: accelerators may have more columns, of zeros.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class ParamSpec:
     rows: int | None = None
     lead: int = 0
     packable: bool = False
+    by_rows: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

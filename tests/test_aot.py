@@ -22,8 +22,10 @@ from engine.kernels import kernel_choices
 from engine.model.config import LayerSpec, ModelConfig, Rope
 from engine.model.families import model_config
 from engine.model.known import known_config
-from engine.programs import held_bytes, page_bytes, state_bytes, step_program
+from engine.model.params import param_specs
+from engine.programs import held_bytes, page_bytes, param_shapes, state_bytes, step_program
 from engine.resolve import DeviceFacts, resolve
+from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding.mesh import mesh_of
 from sharding.topology import topology_devices
 
@@ -210,6 +212,7 @@ def test_steps_run_on_kernels(model: ModelConfig, chip: str, packed: bool) -> No
 
 @pytest.mark.parametrize(("name", "chip", "sharding"), [
     ("llama-3.1-70b", "v6e:2x4", "tp"), ("llama-3.1-70b", "h200:8", "tp"), ("qwen3-30b-a3b", "h200:4", "ep"),
+    ("gpt-oss-120b", "v6e:2x2", "ep"), ("gpt-oss-120b", "h200:4", "ep"),
 ])  # fmt: skip
 def test_a_devices_share_runs_on_kernels(name: str, chip: str, sharding: str) -> None:
     """They are chosen for the shapes of one device: 8 query heads of 64 over one KV head of 8."""
@@ -240,6 +243,36 @@ def test_the_check_sees_a_second_pool() -> None:
     memory = compile_for("h200:1", program)
     pool = config.num_pages * page_bytes(model, config)
     assert memory.aliased < pool and memory.outputs >= pool
+
+
+@pytest.mark.aot
+def test_rows_are_not_put_in_another_order() -> None:
+    """Of gpt-oss's 2,880 columns, 22.5 tiles: libtpu had experts and tokens in the lanes, and programs copied both."""
+    model = FAMILIES["gpt-oss-120b"]
+    config = config_for(model, "v6e:2x2")
+    place, params = SingleDeviceSharding(topology_devices("v6e:2x2")[0]), param_shapes(model, config)
+    table, down = params["embed"], params["layers.0.experts_down"]
+    shapes = ((64,), jnp.int32), ((64, down.shape[1]), down.dtype), (down.shape[:1], jnp.int32)
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+    weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf in (table, down)]
+
+    def rows(table: Any, down: Any, tokens: Any, x: Any, sizes: Any) -> Any:
+        return table[tokens], grouped_matmul(x, down, sizes, target=config.target)
+
+    memory = jax.jit(rows).lower(*weights, *inputs).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 8 << 20
+
+
+@pytest.mark.parametrize("chip", ["v6e:2x2", "h200:1"])
+def test_rows_of_experts_are_whole_tiles(chip: str) -> None:
+    """And of embeddings on a TPU: the zeros are counted, and no other family has any."""
+    for model in (*FAMILIES.values(), QWEN3_30B, LLAMA_8B):
+        config = config_for(model, chip)
+        specs = param_specs(model, jnp.dtype(jnp.bfloat16))
+        for name, shape in param_shapes(model, config).items():
+            wide = model.family == "gpt_oss" and name.endswith(("experts_down", "embed"))
+            columns = 2944 if wide and (chip != "h200:1" or name != "embed") else specs[name].device_shape[-1]
+            assert shape.shape == (*specs[name].device_shape[:-1], columns), name
 
 
 def test_matrices_are_not_padded_to_tiles() -> None:

@@ -45,7 +45,7 @@ def hidden_states(
 
 def embedded(config: ModelConfig, params: Params, tokens: Array, place: Place) -> Array:
     """[tokens, embed], what enters the first layer."""
-    x = _embed(place.at("embed"), params["embed"], tokens)
+    x = _embed(place.at("embed"), params["embed"], tokens, config.hidden_size)
     return x * jnp.asarray(config.embedding_multiplier, x.dtype)
 
 
@@ -95,19 +95,20 @@ def _layer(
     return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache, chosen
 
 
-def _embed(place: Place, table: Array, tokens: Array) -> Array:
-    """[tokens, embed]; of a table that is cut, each device has some tokens' rows."""
+def _embed(place: Place, table: Array, tokens: Array, width: int) -> Array:
+    """[tokens, width], which are the first columns; of a table that is cut, each device has some tokens' rows."""
     if not place.shards.axes("vocab"):
-        return table[tokens]
+        return table[tokens][:, :width]
     mine = tokens - place.index("vocab") * table.shape[0]
     has = (mine >= 0) & (mine < table.shape[0])
-    return place.sum(jnp.where(has[:, None], table[jnp.where(has, mine, 0)], 0), "vocab")
+    return place.sum(jnp.where(has[:, None], table[jnp.where(has, mine, 0)][:, :width], 0), "vocab")
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array, place: Place = ALONE) -> Array:
     """float32 [rows, vocab] from hidden states [rows, embed]."""
     hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
     name = "embed" if config.tie_embeddings else "lm_head"
+    hidden = jnp.pad(hidden, ((0, 0), (0, params[name].shape[1] - hidden.shape[1])))  # see `ParamSpec.by_rows`
     out = matmul(hidden, params[name], target=place.target, transposed=True)
     out = place.at(name).gather(out, "vocab")
     return softcap(out * config.logits_multiplier, config.final_softcap)

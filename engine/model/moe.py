@@ -39,7 +39,7 @@ def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, pl
     if experts.biases:
         hidden = hidden + weights["experts_gate_up_bias"].reshape(here, -1)[mine]
     hidden = gated(hidden, activation, mlp_block(experts.intermediate_size), experts.clamp)
-    out = _grouped(hidden, weights["experts_down"], sizes, place.target)
+    out = _grouped(hidden, weights["experts_down"], sizes, place.target)[:, : x.shape[1]]  # see `ParamSpec.by_rows`
     if experts.biases:
         first = place.index("expert_mlp") == 0  # a bias counts once
         out = out + jnp.where(first, weights["experts_down_bias"], 0)[mine]

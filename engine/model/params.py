@@ -28,7 +28,7 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
     """
     dtype = jnp.dtype(dtype)
     hidden, vocab = config.hidden_size, config.vocab_size
-    specs = {"embed": ParamSpec((vocab, hidden), dtype, ("vocab", "embed"), fan_in=hidden)}
+    specs = {"embed": ParamSpec((vocab, hidden), dtype, ("vocab", "embed"), fan_in=hidden, by_rows=True)}
     for i in range(config.num_layers):
         for name, spec in _layer_specs(config, config.layers[i], dtype).items():
             specs[f"layers.{i}.{name}"] = spec
@@ -218,7 +218,9 @@ def _gated(hidden: int, mlp: int, dtype: np.dtype, experts: int = 0) -> dict[str
         "gate_up": ParamSpec(
             gate_up, dtype, (*axis, "embed", kind, None, None), fan_in=hidden, rows=1, lead=lead, packable=True
         ),
-        "down": ParamSpec(down, dtype, (*axis, kind, "embed"), fan_in=mlp, rows=1, lead=lead, packable=True),
+        "down": ParamSpec(
+            down, dtype, (*axis, kind, "embed"), fan_in=mlp, rows=1, lead=lead, packable=True, by_rows=experts > 0
+        ),
     }
 
 

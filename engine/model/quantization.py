@@ -6,6 +6,7 @@ Only the matrices of the layers can be (`ParamSpec.packable`); embeddings, LM he
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from engine.errors import ModelError
 from engine.model.packing import Packing
+from engine.model.params import LANES
 from pallas_kernels.matmul import cpu as matmul_cpu
 from pallas_kernels.panels import in_panels
 from pallas_kernels.quantized import Quantized, WeightFormat, quantize, quantized_shape
@@ -39,42 +41,69 @@ def packing_of(spec: ParamSpec, quantization: Quantization | None) -> Packing | 
     return Packing("int4", INT4_GROUP, symmetric=False, scale_dtype="bfloat16")
 
 
-def packed_shape(spec: ParamSpec, packing: Packing | None, panels_for: Target | None = None) -> Any:
+def packed_shape(spec: ParamSpec, packing: Packing | None, laid_for: Target | None = None) -> Any:
     """What is on the device for `spec`: a ShapeDtypeStruct, or Panels or a Quantized of them."""
     if packing is None:
-        return _laid(spec, jax.ShapeDtypeStruct(spec.device_shape, spec.dtype), panels_for)
-    return _laid(spec, quantized_shape(spec.device_shape, **_arguments(packing)), panels_for)
+        return _laid(spec, jax.ShapeDtypeStruct(spec.device_shape, spec.dtype), laid_for)
+    return _laid(spec, quantized_shape(spec.device_shape, **_arguments(packing)), laid_for)
 
 
 def pack(
     spec: ParamSpec,
     array: np.ndarray | Quantized,
     quantization: Quantization | None,
-    panels_for: Target | None = None,
+    laid_for: Target | None = None,
 ) -> Any:
     """A host array of `spec` as it is on the device; what a checkpoint brings packed stays so.
 
-    panels_for: where matrices are cut into panels if kernels of this target are best at that.
+    laid_for: whose kernels it is laid out for; None: it stays as it is declared.
     """
     if isinstance(array, Quantized):
-        return _laid(spec, _flat(spec, array), panels_for)
+        return _laid(spec, _flat(spec, array), laid_for)
     matrix = array.reshape(spec.device_shape)
     packing = packing_of(spec, quantization)
-    return _laid(spec, matrix if packing is None else quantize(matrix, **_arguments(packing)), panels_for)
+    return _laid(spec, matrix if packing is None else quantize(matrix, **_arguments(packing)), laid_for)
 
 
-def _laid(spec: ParamSpec, weight: Any, panels_for: Target | None) -> Any:
-    """In panels, if `spec` is only ever multiplied by, and by kernels that want them."""
-    if panels_for is None or not spec.packable or len(spec.device_shape) != 2:
+def _laid(spec: ParamSpec, weight: Any, target: Target | None) -> Any:
+    """As the target reads it best."""
+    if target is None:
         return weight
+    if target.platform == "cpu":
+        return _in_panels(weight, target) if spec.packable and len(spec.device_shape) == 2 else weight
+    # A GPU looks up rows of any length; its kernel for experts wants whole tiles too.
+    return _in_whole_tiles(weight) if spec.by_rows and (spec.lead or target.platform == "tpu") else weight
+
+
+def _in_whole_tiles(weight: Any) -> Any:
+    """With columns of zeros up to a multiple of `LANES`.
+
+    Else libtpu has another dimension in the lanes, which saves the padding, and a program that reads rows copies all
+    of them into their order whenever it runs. Stored row by row they would be as large as with the zeros.
+    """
+    more = -weight.shape[-1] % LANES
+    return jax.tree.map(partial(_wider, more), weight) if more else weight
+
+
+def _wider(more: int, leaf: Any) -> Any:
+    shape = (*leaf.shape[:-1], leaf.shape[-1] + more)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    wide = np.zeros(shape, leaf.dtype)
+    wide[..., : leaf.shape[-1]] = leaf
+    return wide
+
+
+def _in_panels(weight: Any, target: Target) -> Any:
+    """A matrix in panels, if the kernels that it is multiplied by want them."""
     op = "quantized_matmul" if isinstance(weight, Quantized) else "matmul"
-    if panels_for.asked(op) not in (None, "cpu"):
+    if target.asked(op) not in (None, "cpu"):
         return weight
     if isinstance(weight, Quantized):
-        width = quantized_matmul_cpu.panel_of(weight, panels_for)
+        width = quantized_matmul_cpu.panel_of(weight, target)
         return quantized_matmul_cpu.cut(weight, width) if width else weight
-    rows, columns = spec.device_shape
-    width = matmul_cpu.panel_of(rows, columns, str(jax.numpy.dtype(weight.dtype)), panels_for)
+    rows, columns = weight.shape
+    width = matmul_cpu.panel_of(rows, columns, str(jax.numpy.dtype(weight.dtype)), target)
     return in_panels(weight, width) if width else weight
 
 

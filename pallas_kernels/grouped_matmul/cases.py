@@ -107,6 +107,7 @@ _QWEN3_DOWN = {"k": 768, "n": 2048, "dtype": "bfloat16"}
 _MIXTRAL_UP = {"k": 4096, "n": 28672, "dtype": "bfloat16"}
 _MIXTRAL_DOWN = {"k": 14336, "n": 4096, "dtype": "bfloat16"}
 _GPT_OSS_UP = {"k": 2880, "n": 5760, "dtype": "bfloat16"}
+_GPT_OSS_DOWN = {"k": 2880, "n": 2944, "dtype": "bfloat16"}  # 2880 in whole tiles
 _GRANITE_UP = {"k": 1024, "n": 1024, "dtype": "bfloat16"}
 _INT4 = {"format": "int4", "group": 128}
 REAL = (
@@ -128,5 +129,7 @@ REAL = (
     Case(name="mixtral_8x7b_up_16_int4", sizes=even(32, 8), **_INT4, **_MIXTRAL_UP),
     Case(name="gpt_oss_20b_up_32", sizes=skewed(128, 32), **_GPT_OSS_UP),
     Case(name="gpt_oss_20b_up_4k", sizes=skewed(16384, 32), **_GPT_OSS_UP),
+    Case(name="gpt_oss_120b_down_32", sizes=skewed(128, 128), **_GPT_OSS_DOWN),
+    Case(name="gpt_oss_120b_down_32_int8", sizes=skewed(128, 128), format="int8", **_GPT_OSS_DOWN),
     Case(name="granite_3b_up_2k", sizes=skewed(16384, 40), **_GRANITE_UP),
 )  # fmt: skip

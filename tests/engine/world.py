@@ -186,7 +186,7 @@ def world(kind: str = "float") -> World:
 def random_params(model: ModelConfig, config: EngineConfig, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     params = {
-        name: jax.device_put(pack(spec, made, config.quantization, config.panels_for))
+        name: jax.device_put(pack(spec, made, config.quantization, config.laid_for))
         for name, spec in param_specs(model, jnp.dtype(jnp.float32)).items()
         for made in [init_array(spec, rng) * gain(name) - fading(name)]
     }
@@ -198,7 +198,7 @@ def random_params(model: ModelConfig, config: EngineConfig, seed: int) -> dict[s
 def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> World:
     """Its oracle computes in float32 with the weights that the format says."""
     with tempfile.TemporaryDirectory() as folder:
-        both = load_both(open_in(Path(folder)), STORED.panels_for)
+        both = load_both(open_in(Path(folder)), STORED.laid_for)
     config = replace(STORED, stored=tuple(both.packings.items()))
     return _world(both.opened.config, config, both.packed, jax.device_put(both.wide))
 
