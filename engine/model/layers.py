@@ -58,7 +58,8 @@ def rope_cos_sin(rope: Rope, positions: Array) -> tuple[Array, Array]:
     """cos and sin, float32 [tokens, rotated], of position * inv_freq, once for each half (arXiv 2104.09864)."""
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)[None, :]
     angles = jnp.concatenate([angles, angles], axis=1)
-    return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+    # XLA would draw them into every layer's rotation, and compute them again for every head.
+    return jax.lax.optimization_barrier((jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale))
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

@@ -14,7 +14,9 @@ constexpr int64_t kDeep = 8;                         // stored rows of w that ar
                                                      // may fall into the same set of the cache
 constexpr int64_t kPanelDeep = 32;                   // rows of w of a panel, where they are one behind the other
 constexpr int64_t kPanel = 4 * kLanes;               // columns of a panel
-constexpr int64_t kBlock = 256;                      // rows of w that are widened at once: 2 * kWide columns fit in L1
+constexpr int64_t kBlock = 2560 / kLanes;            // most rows of w that are widened at once: kWide columns of them
+                                                     // stay in L1 beside a tile's rows of x
+constexpr int64_t kMany = 192;                       // rows of x that are multiplied with them: those stay in L2
 
 // Where column c of a row is: rows one behind the other, or in panels.
 inline int64_t place(bool in_panels, int64_t rows, int64_t n, int64_t row, int64_t c) {
@@ -132,17 +134,28 @@ inline void tile(const float* x, int64_t x_stride, const Reader& w, float* y, in
     for (int v = 0; v < kVecs; ++v) write(y + r * y_stride + v * kLanes, sum[r][v]);
 }
 
-// The same for any number of rows and two vectors that are float32; at least eight sums at once, which hides a
-// product's latency.
-inline void tiles(const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* y, int64_t y_stride,
-                  int64_t rows, int64_t depth) {
-  const Plain<float>::Reader<2> reader{w, w_stride};
-  int64_t r = 0;
-  for (; rows - r >= kTileRows && rows - r != kTileRows + 2; r += kTileRows)
-    tile<kTileRows, 2, 1>(x + r * x_stride, x_stride, reader, y + r * y_stride, y_stride, depth);
-  for (; rows - r >= 4; r += 4) tile<4, 2, 1>(x + r * x_stride, x_stride, reader, y + r * y_stride, y_stride, depth);
-  for (; rows - r >= 2; r += 2) tile<2, 2, 1>(x + r * x_stride, x_stride, reader, y + r * y_stride, y_stride, depth);
-  if (r < rows) tile<1, 2, 1>(x + r * x_stride, x_stride, reader, y + r * y_stride, y_stride, depth);
+// Widened rows of kWide columns; while they are read, `step` bytes a row of what is widened next are fetched.
+struct Widened {
+  const float* w;
+  const char* next;
+  int64_t step;
+  void read(int64_t d, Vec (&out)[1][2]) const {
+    __builtin_prefetch(next + d * step);
+    for (int v = 0; v < 2; ++v) out[0][v] = widen(w + d * kWide + v * kLanes);
+  }
+};
+
+// The same for any number of rows; at least eight sums at once, which hides a product's latency.
+inline void tiles(const float* x, int64_t x_stride, Widened& w, float* y, int64_t y_stride, int64_t rows,
+                  int64_t depth) {
+  const auto one = [&](auto height) {
+    tile<height, 2, 1>(x, x_stride, w, y, y_stride, depth);
+    x += height * x_stride, y += height * y_stride, rows -= height, w.next += depth * w.step;
+  };
+  while (rows >= kTileRows && rows != kTileRows + 2) one(std::integral_constant<int, kTileRows>());
+  while (rows >= 4) one(std::integral_constant<int, 4>());
+  while (rows >= 2) one(std::integral_constant<int, 2>());
+  if (rows) one(std::integral_constant<int, 1>());
 }
 
 // A tile of up to 8 rows, 4 at a time: more would leave no registers for what is widened.
@@ -199,51 +212,74 @@ inline void fill(float* panel, const Weights& w, int64_t row, int64_t end, int64
   }
 }
 
-// More rows: limited by arithmetic. A block of w is widened once, a cache line's columns of it, for all rows.
+// More rows: limited by arithmetic. Up to kBlock rows of w are widened once, a panel's columns of them, for up to
+// kMany rows of x; the columns that follow are on their way from memory meanwhile.
 template <typename Weights>
 void block(const Matmul& m, const Weights& w, int64_t begin, int64_t end) {
-  alignas(64) static thread_local float panel[kBlock * 2 * kWide];
-  for (int64_t t = 0; t < m.tokens; ++t) std::fill(m.y + t * m.n + begin, m.y + t * m.n + end, 0.0f);
-  for (int64_t k = 0; k < m.k; k += kBlock) {
-    const int64_t depth = std::min(kBlock, m.k - k), row = k / Weights::kRows, stop = (k + depth) / Weights::kRows;
-    const float* x = m.x + k;
-    int64_t c = begin;
-    for (; c + 2 * kWide <= end; c += 2 * kWide) {
-      fill<4>(panel, w, row, stop, c);
-      tiles(x, m.k, panel, 2 * kWide, m.y + c, m.n, m.tokens, depth);
-      tiles(x, m.k, panel + kWide, 2 * kWide, m.y + c + kWide, m.n, m.tokens, depth);
-    }
-    if (c < end) {
-      fill<2>(panel, w, row, stop, c);
-      tiles(x, m.k, panel, kWide, m.y + c, m.n, m.tokens, depth);
+  alignas(64) static thread_local float wide[kPanel / kWide][kBlock * kWide];
+  constexpr int64_t kStored = Weights::kRows;
+  const int64_t blocks = (w.rows * kStored + kBlock - 1) / kBlock, deep = (w.rows + blocks - 1) / blocks;
+  for (int64_t t = 0; t < m.tokens; t += kMany) {
+    const int64_t tokens = std::min(kMany, m.tokens - t), calls = kPanel / kWide * ((tokens + kTileRows - 1) / kTileRows);
+    const int64_t step = m.in_panels ? (sizeof(*w.w) * kPanel / kStored + calls - 1) / calls : 0;
+    for (int64_t r = t; r < t + tokens; ++r) std::fill(m.y + r * m.n + begin, m.y + r * m.n + end, 0.0f);
+    for (int64_t row = 0, stop; row < w.rows; row = stop) {
+      stop = std::min(w.rows, row + deep);
+      for (int64_t c = begin; c < end; c += kPanel) {
+        const int64_t parts = std::min<int64_t>(kPanel, end - c) / kWide;
+        for (int64_t part = 0; part < parts; ++part) fill<2>(wide[part], w, row, stop, c + part * kWide);
+        const int64_t after = c + kPanel < end ? place(m.in_panels, w.rows, m.n, row, c + kPanel)
+                                               : place(m.in_panels, w.rows, m.n, stop % w.rows, begin);
+        const char* next = reinterpret_cast<const char*>(w.w + after);
+        for (int64_t part = 0; part < parts; ++part) {
+          Widened widened{wide[part], next, step};
+          tiles(m.x + t * m.k + row * kStored, m.k, widened, m.y + t * m.n + c + part * kWide, m.n, tokens,
+                (stop - row) * kStored);
+          next = widened.next;
+        }
+      }
     }
   }
 }
 
-// y[t, n] of kRows rows and one row of a transposed w.
-template <int kRows, typename W>
-inline void dots(const Matmul& m, const W* w, int64_t t, int64_t n) {
-  Vec even[kRows] = {}, odd[kRows] = {};
-  for (int64_t k = 0; k < m.k; k += kWide) {
-    const Vec a = widen(w + k), b = widen(w + k + kLanes);
+// y[kRows, kCols] = x[kRows, k] @ w[kCols, k] transposed; the rows of w that follow are fetched.
+template <int kRows, int kCols, typename W>
+inline void dots(const float* x, const W* w, int64_t k, float* y, int64_t y_stride) {
+  Vec sum[kRows][kCols] = {};
+  for (int64_t i = 0; i < k; i += kLanes) {
+    Vec weights[kCols];
+    for (int c = 0; c < kCols; ++c) weights[c] = widen(w + c * k + i);
+    if (i % (64 / static_cast<int64_t>(sizeof(W))) == 0)
+      for (int c = 0; c < kCols; ++c) __builtin_prefetch(w + (kCols + c) * k + i);
     for (int r = 0; r < kRows; ++r) {
-      even[r] += read<Vec>(m.x + (t + r) * m.k + k) * a;
-      odd[r] += read<Vec>(m.x + (t + r) * m.k + k + kLanes) * b;
+      const Vec values = read<Vec>(x + r * k + i);
+      for (int c = 0; c < kCols; ++c) sum[r][c] += values * weights[c];
     }
   }
-  for (int r = 0; r < kRows; ++r) m.y[(t + r) * m.n + n] = total(even[r] + odd[r]);
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kCols; ++c) y[r * y_stride + c] = total(sum[r][c]);
+}
+
+// All of x with row n of a transposed w and those behind it.
+template <int kCols, typename W>
+inline void all_dots(const Matmul& m, int64_t n) {
+  const int64_t tokens = m.tokens, k = m.k, y_stride = m.n;
+  const W* w = static_cast<const W*>(m.w) + n * k;
+  const float* x = m.x;
+  float* y = m.y + n;
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) dots<4, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
+  for (; t + 2 <= tokens; t += 2) dots<2, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
+  for (; t < tokens; ++t) dots<1, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
 }
 
 template <typename W>
 void transposed(const Matmul& m, int64_t begin, int64_t end) {
-  const W* w = static_cast<const W*>(m.w);
-  for (int64_t n = begin; n < end; ++n) {
-    const W* row = w + n * m.k;
-    int64_t t = 0;
-    for (; t + 4 <= m.tokens; t += 4) dots<4>(m, row, t, n);
-    for (; t + 2 <= m.tokens; t += 2) dots<2>(m, row, t, n);
-    for (; t < m.tokens; ++t) dots<1>(m, row, t, n);
-  }
+  int64_t n = begin;
+  if (m.tokens == 1)
+    for (; n + 8 <= end; n += 8) all_dots<8, W>(m, n);
+  for (; n + 3 <= end; n += 3) all_dots<3, W>(m, n);
+  for (; n < end; ++n) all_dots<1, W>(m, n);
 }
 
 template <typename Weights>

@@ -44,6 +44,14 @@ static const Kernels* found(const std::string& wanted) {
   return nullptr;
 }
 
+constexpr int kSpins = 2000;  // tens of microseconds: a late task ends sooner than a thread sleeps and wakes
+
+static void pause() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
+
 // Tasks that a few threads take one after the other. Outlives the call: a helper that XLA's pool starts late
 // finds nothing to do, and nobody waits for it.
 struct Work {
@@ -63,6 +71,10 @@ struct Work {
   }
 
   void wait() {
+    for (int turn = 0; turn < kSpins; ++turn) {
+      if (done == num_tasks) return;
+      pause();
+    }
     std::unique_lock<std::mutex> lock(mutex);
     all_done.wait(lock, [this] { return done == num_tasks; });
   }
