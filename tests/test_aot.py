@@ -265,13 +265,13 @@ def test_rows_are_not_put_in_another_order() -> None:
 
 @pytest.mark.parametrize("chip", ["v6e:2x2", "h200:1"])
 def test_rows_of_experts_are_whole_tiles(chip: str) -> None:
-    """And of embeddings on a TPU: the zeros are counted, and no other family has any."""
+    """And of embeddings and LM heads on a TPU: the zeros are counted, and no other family has any."""
     for model in (*FAMILIES.values(), QWEN3_30B, LLAMA_8B):
         config = config_for(model, chip)
         specs = param_specs(model, jnp.dtype(jnp.bfloat16))
         for name, shape in param_shapes(model, config).items():
-            wide = model.family == "gpt_oss" and name.endswith(("experts_down", "embed"))
-            columns = 2944 if wide and (chip != "h200:1" or name != "embed") else specs[name].device_shape[-1]
+            wide = model.family == "gpt_oss" and name.endswith(("experts_down", "embed", "lm_head"))
+            columns = 2944 if wide and (chip != "h200:1" or "experts" in name) else specs[name].device_shape[-1]
             assert shape.shape == (*specs[name].device_shape[:-1], columns), name
 
 

@@ -34,7 +34,7 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
             specs[f"layers.{i}.{name}"] = spec
     specs["final_norm"] = _norm(hidden)
     if not config.tie_embeddings:
-        specs["lm_head"] = ParamSpec((vocab, hidden), dtype, ("vocab", "embed"), fan_in=hidden)
+        specs["lm_head"] = specs["embed"]
     return specs
 
 
