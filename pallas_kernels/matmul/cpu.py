@@ -2,8 +2,8 @@
 
 XLA converts bfloat16 weights to float32 in memory where the CPU has no bfloat16 products, and
 one row of bfloat16 falls off its fast path altogether. Here each row of the result is summed in
-the order of k whatever the number of rows, so it is the same bits in every bucket. These kernels
-multiply in float32; a CPU with bfloat16 products does more rows faster by XLA.
+the order of k whatever the number of rows, so it is the same bits in every bucket. Where the CPU
+multiplies bfloat16 itself and the kernels were not built for that, XLA does more rows faster.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pallas_kernels.native.library import MATMUL
 from pallas_kernels.panels import Panels, as_stored
 from pallas_kernels.target import Target
 
+PAIRS = ("avx512bf16",)  # instruction sets of ours that multiply bfloat16 themselves
 STREAMED = 4  # rows up to which reading the weights is what takes time, whoever multiplies
 PANEL = 4  # vectors
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -33,7 +34,7 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
         return f"{spec.dtype} times {spec.weight_dtype}"
     if spec.dtype == "bfloat16" and spec.weight_dtype == "float32":
         return "bfloat16 times float32"
-    if target.bfloat16_products and spec.weight_dtype == "bfloat16" and spec.tokens > STREAMED:
+    if _left_to_xla(spec.weight_dtype, target) and spec.tokens > STREAMED:
         return f"more than {STREAMED} rows, and the CPU multiplies bfloat16 itself"
     lanes = 2 * LANES[target.native]  # the columns of a register tile
     if spec.k % lanes or spec.n % lanes:
@@ -46,12 +47,16 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
 def panel_of(k: int, n: int, weight_dtype: str, target: Target) -> int:
     """Columns of the panels that weights of this size and type are best kept in; 0: they stay as they are, where these
     kernels are not there for every number of rows."""
-    if target.bfloat16_products and weight_dtype == "bfloat16":
+    if _left_to_xla(weight_dtype, target):
         return 0
     width = PANEL * LANES.get(target.native, 1)
     dtype = "float32" if weight_dtype == "int8" else weight_dtype
     spec = MatmulSpec(1, k, n, dtype, weight_dtype, panel=width)
     return 0 if n % width or declines(spec, target) else width
+
+
+def _left_to_xla(weight_dtype: str, target: Target) -> bool:
+    return target.bfloat16_products and weight_dtype == "bfloat16" and target.native not in PAIRS
 
 
 def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target) -> Array:

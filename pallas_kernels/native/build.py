@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-LANES = {"avx2": 8, "avx512": 16, "vector": 4}
-FLAGS = {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "vector": []}
+LANES = {"avx2": 8, "avx512": 16, "avx512bf16": 16, "vector": 4}
+_AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+FLAGS = {"avx2": ["-march=x86-64-v3"], "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16"], "vector": []}
 
 
 class NotBuilt(RuntimeError):
@@ -29,22 +31,24 @@ def build(target: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotBuilt("no C++ compiler found (c++, g++ or clang++; or name one in CXX)")
-    isas = ["avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["vector"]
-    with tempfile.TemporaryDirectory() as folder:
-        objects = [_compile(compiler, "native.cc", Path(folder) / "native.o", [f"-isystem{SOURCE}"])]
-        for isa in isas:
-            defined = [f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
-            for source in ("kernels.cc", "matmul.cc", "attention.cc"):
-                objects.append(_compile(compiler, source, Path(folder) / f"{source}.{isa}.o", [*FLAGS[isa], *defined]))
+    isas = ["avx2", "avx512", "avx512bf16"] if platform.machine() in ("x86_64", "AMD64") else ["vector"]
+    sources = [("native.cc", [f"-isystem{SOURCE}"])]
+    for isa in isas:
+        flags = [*FLAGS[isa], f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
+        sources += [(source, flags) for source in ("kernels.cc", "matmul.cc", "attention.cc")]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(folder) / f"{i}.o" for i in range(len(sources))]
+        done = [pool.submit(_compile, compiler, *source, to) for source, to in zip(sources, objects, strict=True)]
+        for compiled in done:
+            compiled.result()
         partial = target.with_suffix(".partial")
         _run([compiler, "-shared", "-pthread", "-o", str(partial), *map(str, objects)])
         partial.replace(target)
 
 
-def _compile(compiler: str, source: str, target: Path, flags: list[str]) -> Path:
+def _compile(compiler: str, source: str, flags: list[str], target: Path) -> None:
     common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
     _run([compiler, *common, *flags, "-c", str(SOURCE / source), "-o", str(target)])
-    return target
 
 
 def _run(command: list[str]) -> None:

@@ -8,7 +8,13 @@ void attend(const Attention&, const Queries&, float* scratch);
 void attend_part(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
 void merge(const Attention&, const Queries&, int64_t parts, float* states);
 
+#ifdef __AVX512BF16__
+constexpr bool kHalves = true;
+#else
+constexpr bool kHalves = false;
+#endif
+
 extern const Kernels kernels;
-const Kernels kernels{NAME, 2 * LANES, columns, attend, attend_part, merge};
+const Kernels kernels{NAME, 2 * LANES, kHalves, columns, attend, attend_part, merge};
 
 }  // namespace octavo::ISA

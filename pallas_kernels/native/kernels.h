@@ -7,12 +7,13 @@ namespace octavo {
 
 enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
-// y[t, n] = sum over k of x[t, k] * w[k, n], in the order of k for every t and n.
+// y[t, n] = sum over k of x[t, k] * w[k, n], in the order of k (by pairs with halves) for every t and n.
 // With scales, w[k, n] is number * scales[k / group, n] + offsets[k / group, n]. kInt4 keeps two rows a byte, so x has
 // its columns, and the sum its order, as the bytes have theirs: of each group rows 0, group / 2, 1, group / 2 + 1, ...
 // In panels, a matrix [rows, n] is [n / columns, rows, columns].
 struct Matmul {
-  const float* x;  // [tokens, k]
+  const float* x;  // [tokens, k]; null with halves
+  const uint16_t* halves;  // the same in bfloat16 where the instruction set multiplies it by such weights, or null
   const void* w;   // [k, n], [k / 2, n] of kInt4, [n, k] when transposed
   float* y;        // [tokens, n]
   int64_t tokens, k, n;
@@ -60,6 +61,7 @@ inline int64_t scratch_floats(const Attention& a) {
 struct Kernels {
   const char* name;
   int64_t lanes;  // k, n are multiples of it, head_dim and value_dim of half of it
+  bool halves;    // bfloat16 times bfloat16 takes x as it is
   void (*columns)(const Matmul&, int64_t begin, int64_t end);  // of y, multiples of `lanes`
   // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.
   void (*attend)(const Attention&, const Queries&, float* scratch);

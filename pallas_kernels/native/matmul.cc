@@ -242,18 +242,99 @@ void block(const Matmul& m, const Weights& w, int64_t begin, int64_t end) {
   }
 }
 
+// A step along k of products with a transposed w: so many numbers of x and of w, and what they add to a sum.
+template <typename X, typename W>
+struct Terms {
+  static constexpr int64_t kStep = kLanes;
+  static Vec of_x(const X* x) { return read<Vec>(x); }
+  static Vec of_w(const W* w) { return widen(w); }
+  static Vec add(Vec sum, Vec x, Vec w) { return sum + x * w; }
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bfloat16 that the processor multiplies and adds to a float32, denormal numbers taken as 0.
+inline Vec add_pairs(Vec sum, __m512i x, __m512i w) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+}
+
+template <>
+struct Terms<uint16_t, uint16_t> {
+  static constexpr int64_t kStep = 2 * kLanes;
+  static __m512i of_x(const uint16_t* x) { return _mm512_loadu_si512(x); }
+  static __m512i of_w(const uint16_t* w) { return _mm512_loadu_si512(w); }
+  static Vec add(Vec sum, __m512i x, __m512i w) { return add_pairs(sum, x, w); }
+};
+
+// y[kRows, kUnits * kWide] = x[kRows, k] @ w[k, kUnits * kWide]. A register holds two rows of w beside each other in
+// pairs, columns 0-3, 8-11, 16-19 and 24-27 of a unit or the others; the sums are put in order at the end.
+template <int kRows, int kUnits>
+inline void pair_tile(const uint16_t* x, const uint16_t* w, int64_t w_stride, float* y, int64_t y_stride, int64_t k) {
+  Vec sum[kRows][kUnits][2] = {};
+  for (int64_t d = 0; d < k; d += 2) {
+    __m512i pairs[kUnits][2];
+    for (int u = 0; u < kUnits; ++u) {
+      const __m512i even = _mm512_loadu_si512(w + d * w_stride + u * kWide);
+      const __m512i odd = _mm512_loadu_si512(w + (d + 1) * w_stride + u * kWide);
+      pairs[u][0] = _mm512_unpacklo_epi16(even, odd);
+      pairs[u][1] = _mm512_unpackhi_epi16(even, odd);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i value = _mm512_set1_epi32(read<int32_t>(x + r * k + d));
+      for (int u = 0; u < kUnits; ++u)
+        for (int h = 0; h < 2; ++h) sum[r][u][h] = add_pairs(sum[r][u][h], value, pairs[u][h]);
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int r = 0; r < kRows; ++r)
+    for (int u = 0; u < kUnits; ++u) {
+      const __m512 low = (__m512)sum[r][u][0], high = (__m512)sum[r][u][1];
+      float* to = y + r * y_stride + u * kWide;
+      write(to, (Vec)_mm512_permutex2var_ps(low, first, high));
+      write(to + kLanes, (Vec)_mm512_permutex2var_ps(low, second, high));
+    }
+}
+
+// Rows [t, end) of y, kUnits * kWide columns from c on.
+template <int kUnits>
+inline void pair_tiles(const Matmul& m, int64_t t, int64_t end, int64_t c) {
+  const uint16_t* w = static_cast<const uint16_t*>(m.w) + place(m.in_panels, m.k, m.n, 0, c);
+  const auto one = [&](auto height) {
+    pair_tile<height, kUnits>(m.halves + t * m.k, w, m.in_panels ? kPanel : m.n, m.y + t * m.n + c, m.n, m.k);
+    t += height;
+  };
+  if constexpr (kUnits == 1)
+    while (end - t >= kTileRows) one(std::integral_constant<int, kTileRows>());
+  while (end - t >= 4) one(std::integral_constant<int, 4>());
+  while (end - t >= 2) one(std::integral_constant<int, 2>());
+  if (t < end) one(std::integral_constant<int, 1>());
+}
+
+// As many rows of x as stay near, the columns of w one after the other; few rows take a panel's width at once.
+void pair_columns(const Matmul& m, int64_t begin, int64_t end) {
+  for (int64_t t = 0, stop; t < m.tokens; t = stop) {
+    stop = std::min(m.tokens, t + kMany);
+    int64_t c = begin;
+    if (stop - t <= 4)
+      for (; c + kPanel <= end; c += kPanel) pair_tiles<2>(m, t, stop, c);
+    for (; c < end; c += kWide) pair_tiles<1>(m, t, stop, c);
+  }
+}
+#endif
+
 // y[kRows, kCols] = x[kRows, k] @ w[kCols, k] transposed; the rows of w that follow are fetched.
-template <int kRows, int kCols, typename W>
-inline void dots(const float* x, const W* w, int64_t k, float* y, int64_t y_stride) {
+template <int kRows, int kCols, typename X, typename W>
+inline void dots(const X* x, const W* w, int64_t k, float* y, int64_t y_stride) {
+  using Terms = Terms<X, W>;
   Vec sum[kRows][kCols] = {};
-  for (int64_t i = 0; i < k; i += kLanes) {
-    Vec weights[kCols];
-    for (int c = 0; c < kCols; ++c) weights[c] = widen(w + c * k + i);
+  for (int64_t i = 0; i < k; i += Terms::kStep) {
+    decltype(Terms::of_w(w)) weights[kCols];
+    for (int c = 0; c < kCols; ++c) weights[c] = Terms::of_w(w + c * k + i);
     if (i % (64 / static_cast<int64_t>(sizeof(W))) == 0)
       for (int c = 0; c < kCols; ++c) __builtin_prefetch(w + (kCols + c) * k + i);
     for (int r = 0; r < kRows; ++r) {
-      const Vec values = read<Vec>(x + r * k + i);
-      for (int c = 0; c < kCols; ++c) sum[r][c] += values * weights[c];
+      const auto values = Terms::of_x(x + r * k + i);
+      for (int c = 0; c < kCols; ++c) sum[r][c] = Terms::add(sum[r][c], values, weights[c]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -261,11 +342,10 @@ inline void dots(const float* x, const W* w, int64_t k, float* y, int64_t y_stri
 }
 
 // All of x with row n of a transposed w and those behind it.
-template <int kCols, typename W>
-inline void all_dots(const Matmul& m, int64_t n) {
+template <int kCols, typename W, typename X>
+inline void all_dots(const Matmul& m, const X* x, int64_t n) {
   const int64_t tokens = m.tokens, k = m.k, y_stride = m.n;
   const W* w = static_cast<const W*>(m.w) + n * k;
-  const float* x = m.x;
   float* y = m.y + n;
   int64_t t = 0;
   for (; t + 4 <= tokens; t += 4) dots<4, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
@@ -273,13 +353,13 @@ inline void all_dots(const Matmul& m, int64_t n) {
   for (; t < tokens; ++t) dots<1, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
 }
 
-template <typename W>
-void transposed(const Matmul& m, int64_t begin, int64_t end) {
+template <typename W, typename X>
+void transposed(const Matmul& m, const X* x, int64_t begin, int64_t end) {
   int64_t n = begin;
   if (m.tokens == 1)
-    for (; n + 8 <= end; n += 8) all_dots<8, W>(m, n);
-  for (; n + 3 <= end; n += 3) all_dots<3, W>(m, n);
-  for (; n < end; ++n) all_dots<1, W>(m, n);
+    for (; n + 8 <= end; n += 8) all_dots<8, W>(m, x, n);
+  for (; n + 3 <= end; n += 3) all_dots<3, W>(m, x, n);
+  for (; n < end; ++n) all_dots<1, W>(m, x, n);
 }
 
 template <typename Weights>
@@ -302,12 +382,16 @@ void columns_of(const Matmul& m, int64_t begin, int64_t end) {
 
 template <typename W>
 void plain(const Matmul& m, int64_t begin, int64_t end) {
-  return m.transposed ? transposed<W>(m, begin, end) : columns_of<Plain<W>>(m, begin, end);
+  return m.transposed ? transposed<W>(m, m.x, begin, end) : columns_of<Plain<W>>(m, begin, end);
 }
 
 }  // namespace
 
 void columns(const Matmul& m, int64_t begin, int64_t end) {
+#ifdef __AVX512BF16__
+  if (m.halves != nullptr)
+    return m.transposed ? transposed<uint16_t>(m, m.halves, begin, end) : pair_columns(m, begin, end);
+#endif
   switch (m.type) {
     case Type::kFloat32: return plain<float>(m, begin, end);
     case Type::kBFloat16: return plain<uint16_t>(m, begin, end);

@@ -23,6 +23,7 @@ namespace octavo {
 #ifdef __x86_64__
 OCTAVO_KERNELS(avx2)
 OCTAVO_KERNELS(avx512)
+OCTAVO_KERNELS(avx512bf16)
 #else
 OCTAVO_KERNELS(vector)
 #endif
@@ -33,8 +34,10 @@ static const Kernels* found(const std::string& wanted) {
 #ifdef __x86_64__
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16::kernels);
     usable.push_back(&avx512::kernels);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&avx2::kernels);
 #else
   usable.push_back(&vector::kernels);
@@ -176,7 +179,9 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   m.transposed = transposed;
   m.type = type_of(w);
   std::unique_ptr<float[]> copy;
-  m.x = prepared(pool, copy, x, 0);
+  if (kernels->halves && m.type == Type::kBFloat16 && type_of(x) == Type::kBFloat16)
+    m.halves = static_cast<const uint16_t*>(x.untyped_data());
+  else m.x = prepared(pool, copy, x, 0);
   return by_columns(pool, *kernels, m, w);
 }
 

@@ -102,6 +102,7 @@ def test_where_weights_are_cut_into_panels() -> None:
     assert cpu.panel_of(64, 96, "bfloat16", Target(native="avx2")) == 32
     assert cpu.panel_of(64, 128, "float32", Target(native="avx512", bfloat16_products=True)) == 64
     assert cpu.panel_of(64, 128, "bfloat16", Target(native="avx512", bfloat16_products=True)) == 0
+    assert cpu.panel_of(64, 128, "bfloat16", Target(native="avx512bf16", bfloat16_products=True)) == 64
     assert cpu.panel_of(64, 80, "bfloat16", Target(native="avx2")) == 0, "no whole panels"
     assert cpu.panel_of(64, 96, "bfloat16", CPU) == 0 == cpu.panel_of(64, 96, "bfloat16", Target("tpu", "v6e"))
     with pytest.raises(ValueError, match="80 columns do not divide into panels of 32"):
@@ -149,6 +150,7 @@ def test_declines() -> None:
     own = Target(native="avx512", bfloat16_products=True)
     assert why(spec, own) == "" and why(MatmulSpec(5, 64, 64, "float32", "float32"), own) == ""
     assert "multiplies bfloat16 itself" in why(MatmulSpec(5, 64, 64, "bfloat16", "bfloat16"), own)
+    assert why(MatmulSpec(5, 64, 64, "bfloat16", "bfloat16"), replace(own, native="avx512bf16")) == ""
     assert why(MatmulSpec(4, 64, 64, "bfloat16", "float32"), native) == "bfloat16 times float32"
     with pytest.raises(KernelDeclined, match="the native library is not there"):
         api.choice(spec, Target(implementations=(("matmul", "cpu"),)))
