@@ -22,8 +22,10 @@ class NativeKernels(BuildHookInterface):
             raise FileNotFoundError(f"{NATIVE}/build.py")
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
+        library = Path(self.root) / NATIVE / "libnative.so"
         try:
-            native.build(Path(self.root) / NATIVE / "libnative.so")
+            if not native.up_to_date(library):
+                native.build(library)
         except native.NotBuilt as error:
             self.app.display_warning(f"octavo: CPU kernels are not built, plain XLA will serve: {error}")
             return

@@ -26,6 +26,12 @@ class NotBuilt(RuntimeError):
     """There is no compiler, or it failed; the message says which."""
 
 
+def up_to_date(target: Path) -> bool:
+    """Whether `target` is newer than everything that it is built from."""
+    sources = [*SOURCE.glob("*.cc"), *SOURCE.glob("*.h"), SOURCE / "build.py"]
+    return target.is_file() and target.stat().st_mtime > max(source.stat().st_mtime for source in sources)
+
+
 def build(target: Path) -> None:
     """Write the library to `target`. Raises NotBuilt."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 from pallas_kernels.choice import KernelDeclined
 from pallas_kernels.matmul import api, cpu, matmul
 from pallas_kernels.matmul.spec import MatmulSpec
-from pallas_kernels.native import library
-from pallas_kernels.native.build import LANES
+from pallas_kernels.native import build, library
+from pallas_kernels.native.build import LANES, up_to_date
 from pallas_kernels.native.library import library as loaded
 from pallas_kernels.panels import in_panels, whole
 from pallas_kernels.quantized import quantize
@@ -178,3 +179,13 @@ def test_without_a_library_the_reason_is_said(tmp_path: Path) -> None:
     assert "needs a C++ compiler" in loaded(tmp_path / "libnative.so").missing
     (tmp_path / "damaged.so").write_bytes(b"no library")
     assert "damaged.so cannot be used" in loaded(tmp_path / "damaged.so").missing
+
+
+def test_a_library_older_than_a_source_is_built_again(tmp_path: Path) -> None:
+    library = tmp_path / "libnative.so"
+    assert not up_to_date(library)
+    library.touch()
+    assert up_to_date(library)
+    built_s = (build.SOURCE / "matmul.cc").stat().st_mtime - 1
+    os.utime(library, (built_s, built_s))
+    assert not up_to_date(library)
