@@ -53,7 +53,7 @@ aot-all: ## the same for every shape and chip that the tests know (hours on two 
 clean: ## remove the environment and what tests and tools left
 	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
 
-# One installation is one build of the CPU kernels.
+# An installation builds the CPU kernels where these are newer than the library (pallas_kernels/native/build.py).
 sources := pyproject.toml hatch_build.py $(wildcard pallas_kernels/native/*.cc pallas_kernels/native/*.h) \
     pallas_kernels/native/build.py
 

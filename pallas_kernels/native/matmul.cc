@@ -115,6 +115,18 @@ struct Packed {
   }
 };
 
+// one(height, r) for tiles of `rows` rows, r the first of a tile: of kMost, then of 4, 2 and 1. Two vectors wide these
+// are at least eight sums at once where they can be, which hides a product's latency.
+template <int kMost, typename One>
+inline void in_heights(int64_t rows, One one) {
+  int64_t r = 0;
+  if constexpr (kMost > 4)
+    for (; rows - r >= kMost && rows - r != kMost + 2; r += kMost) one(std::integral_constant<int, kMost>(), r);
+  for (; rows - r >= 4; r += 4) one(std::integral_constant<int, 4>(), r);
+  for (; rows - r >= 2; r += 2) one(std::integral_constant<int, 2>(), r);
+  if (r < rows) one(std::integral_constant<int, 1>(), r);
+}
+
 // y[kRows, kVecs vectors] += x[kRows, kStored * depth] @ the reader's next `depth` stored rows
 template <int kRows, int kVecs, int kStored, typename Reader>
 inline void tile(const float* x, int64_t x_stride, const Reader& w, float* y, int64_t y_stride, int64_t depth) {
@@ -145,17 +157,13 @@ struct Widened {
   }
 };
 
-// The same for any number of rows; at least eight sums at once, which hides a product's latency.
+// The same for any number of rows.
 inline void tiles(const float* x, int64_t x_stride, Widened& w, float* y, int64_t y_stride, int64_t rows,
                   int64_t depth) {
-  const auto one = [&](auto height) {
-    tile<height, 2, 1>(x, x_stride, w, y, y_stride, depth);
-    x += height * x_stride, y += height * y_stride, rows -= height, w.next += depth * w.step;
-  };
-  while (rows >= kTileRows && rows != kTileRows + 2) one(std::integral_constant<int, kTileRows>());
-  while (rows >= 4) one(std::integral_constant<int, 4>());
-  while (rows >= 2) one(std::integral_constant<int, 2>());
-  if (rows) one(std::integral_constant<int, 1>());
+  in_heights<kTileRows>(rows, [&](auto height, int64_t r) {
+    tile<height, 2, 1>(x + r * x_stride, x_stride, w, y + r * y_stride, y_stride, depth);
+    w.next += depth * w.step;
+  });
 }
 
 // A tile of up to 8 rows, 4 at a time: more would leave no registers for what is widened.
@@ -195,19 +203,19 @@ void streamed(const Matmul& m, const Weights& w, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; c += kPanel) stream<kRows>(m, w, c, c + kPanel);
 }
 
-// Widens stored rows [row, end) of kVecs vectors each, one behind the other.
-template <int kVecs, typename Weights>
+// Widens stored rows [row, end) of kWide columns each, one behind the other.
+template <typename Weights>
 inline void fill(float* panel, const Weights& w, int64_t row, int64_t end, int64_t c) {
   constexpr int kStored = Weights::kRows;
   for (int64_t g = row / w.group, stop; row < end; row = stop, ++g) {
     stop = std::min(end, (g + 1) * w.group);
-    const auto reader = w.template at<kVecs>(g, row, c);
-    for (int64_t d = 0; d < stop - row; ++d, panel += kStored * kVecs * kLanes) {
+    const auto reader = w.template at<2>(g, row, c);
+    for (int64_t d = 0; d < stop - row; ++d, panel += kStored * kWide) {
       __builtin_prefetch(reader.w + (d + 8) * w.stride);
-      Vec weights[kStored][kVecs];
+      Vec weights[kStored][2];
       reader.read(d, weights);
       for (int s = 0; s < kStored; ++s)
-        for (int v = 0; v < kVecs; ++v) write(panel + (s * kVecs + v) * kLanes, weights[s][v]);
+        for (int v = 0; v < 2; ++v) write(panel + s * kWide + v * kLanes, weights[s][v]);
     }
   }
 }
@@ -227,7 +235,7 @@ void block(const Matmul& m, const Weights& w, int64_t begin, int64_t end) {
       stop = std::min(w.rows, row + deep);
       for (int64_t c = begin; c < end; c += kPanel) {
         const int64_t parts = std::min<int64_t>(kPanel, end - c) / kWide;
-        for (int64_t part = 0; part < parts; ++part) fill<2>(wide[part], w, row, stop, c + part * kWide);
+        for (int64_t part = 0; part < parts; ++part) fill(wide[part], w, row, stop, c + part * kWide);
         const int64_t after = c + kPanel < end ? place(m.in_panels, w.rows, m.n, row, c + kPanel)
                                                : place(m.in_panels, w.rows, m.n, stop % w.rows, begin);
         const char* next = reinterpret_cast<const char*>(w.w + after);
@@ -299,15 +307,10 @@ inline void pair_tile(const uint16_t* x, const uint16_t* w, int64_t w_stride, fl
 template <int kUnits>
 inline void pair_tiles(const Matmul& m, int64_t t, int64_t end, int64_t c) {
   const uint16_t* w = static_cast<const uint16_t*>(m.w) + place(m.in_panels, m.k, m.n, 0, c);
-  const auto one = [&](auto height) {
-    pair_tile<height, kUnits>(m.halves + t * m.k, w, m.in_panels ? kPanel : m.n, m.y + t * m.n + c, m.n, m.k);
-    t += height;
-  };
-  if constexpr (kUnits == 1)
-    while (end - t >= kTileRows) one(std::integral_constant<int, kTileRows>());
-  while (end - t >= 4) one(std::integral_constant<int, 4>());
-  while (end - t >= 2) one(std::integral_constant<int, 2>());
-  if (t < end) one(std::integral_constant<int, 1>());
+  in_heights<kUnits == 1 ? kTileRows : 4>(end - t, [&](auto height, int64_t r) {
+    const int64_t row = t + r;
+    pair_tile<height, kUnits>(m.halves + row * m.k, w, m.in_panels ? kPanel : m.n, m.y + row * m.n + c, m.n, m.k);
+  });
 }
 
 // As many rows of x as stay near, the columns of w one after the other; few rows take a panel's width at once.
@@ -347,10 +350,9 @@ inline void all_dots(const Matmul& m, const X* x, int64_t n) {
   const int64_t tokens = m.tokens, k = m.k, y_stride = m.n;
   const W* w = static_cast<const W*>(m.w) + n * k;
   float* y = m.y + n;
-  int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) dots<4, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
-  for (; t + 2 <= tokens; t += 2) dots<2, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
-  for (; t < tokens; ++t) dots<1, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
+  in_heights<4>(tokens, [&](auto height, int64_t t) {
+    dots<height, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
+  });
 }
 
 template <typename W, typename X>
