@@ -14,10 +14,12 @@ from engine.batch import StepKey, lattice
 from engine.config import EngineConfig
 from engine.errors import InvalidParam
 from engine.model.config import DeltaRule, LayerSpec, ModelConfig
-from engine.model.params import param_specs
+from engine.model.params import mlp_block, param_specs
 from engine.pipeline import micro_of
 from engine.programs import compute_of, local_shapes, served_models
 from pallas_kernels.choice import Choice, KernelDeclined
+from pallas_kernels.gated import api as gated
+from pallas_kernels.gated.spec import GatedSpec
 from pallas_kernels.gated_delta import api as gated_delta
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.kv_layout import KVLayout
@@ -49,6 +51,7 @@ def kernel_choices(model: ModelConfig, config: EngineConfig) -> list[str]:
 def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     compute, matmuls = compute_of(model, config), _matmuls(model, config)
     model, layout = compute.model, compute.kv
+    yield from _gated_choices(model, config)
     for key in (in_one_turn(config, key) for key in lattice(config)):
         tokens = key.tokens + key.rows
         for spec in dict.fromkeys(model.layers):
@@ -66,6 +69,18 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
                 yield quantized_matmul.choice(quantized_matmul.spec_of(x, weight), config.target)
             else:
                 yield matmul.choice(matmul.spec_of(x, weight), config.target)
+
+
+def _gated_choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
+    """Of the activations, which are the same in every program."""
+    experts = model.experts
+    sizes = [(model.intermediate_size, False)] if any(layer.ffn == "gated" for layer in model.layers) else []
+    if experts is not None:
+        sizes.append((experts.intermediate_size, experts.clamp is not None))
+        if experts.shared_size:
+            sizes.append((experts.shared_size, False))
+    for size, clamped in sizes:
+        yield gated.choice(GatedSpec(mlp_block(size), config.dtype, model.activation, clamped), config.target)
 
 
 def in_one_turn(config: EngineConfig, key: StepKey) -> StepKey:

@@ -39,6 +39,7 @@ OPS = (
     "short_conv",
     "ssd",
     "gated_delta",
+    "gated",
     "matmul",
     "quantized_matmul",
     "grouped_matmul",

@@ -15,7 +15,8 @@ from jax import Array
 
 from engine.model.decoder import layer_params
 from engine.model.encoder_config import EncoderConfig
-from engine.model.layers import ACTIVATIONS, Params, layer_norm, linear
+from engine.model.layers import Params, layer_norm, linear
+from pallas_kernels.gated import ACTIVATIONS
 from pallas_kernels.target import Target
 from sharding.params import ParamSpec
 

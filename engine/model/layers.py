@@ -6,7 +6,6 @@ norms, rotary angles, softmax and logits are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax import Array
 
 from engine.model.config import Rope
 from engine.model.place import Place
+from pallas_kernels.gated import gated
 from pallas_kernels.matmul import matmul
 from pallas_kernels.panels import Panels
 from pallas_kernels.quantized import Quantized
@@ -23,12 +23,6 @@ from pallas_kernels.target import Target
 
 Params = dict[str, Any]  # arrays; matrices that `linear` multiplies may be `Quantized`
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
 
 def linear(x: Array, weight: Array | Quantized | Panels, target: Target) -> Array:
     """x [tokens, in] times weight [in, out] (or a shape that flattens to it), accumulated in float32."""
@@ -36,7 +30,7 @@ def linear(x: Array, weight: Array | Quantized | Panels, target: Target) -> Arra
         return quantized_matmul(x, weight, target=target)
     if not isinstance(weight, Panels):
         weight = weight.reshape(x.shape[1], -1)
-    return matmul(x, weight, target=target).astype(x.dtype)
+    return matmul(x, weight, target=target, dtype=x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -66,11 +60,11 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotate [tokens, ..., head_dim] in the halves layout; dimensions past those of cos are kept."""
     rotated = cos.shape[-1]
     half = rotated // 2
-    shape = (cos.shape[0], *(1,) * (x.ndim - 2), rotated)
-    wide = x[..., :rotated].astype(jnp.float32)
-    swapped = jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
-    out = (wide * cos.reshape(shape) + swapped * sin.reshape(shape)).astype(x.dtype)
-    return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
+    shape = (cos.shape[0], *(1,) * (x.ndim - 2), half)
+    cos, sin = cos[:, :half].reshape(shape), sin[:, :half].reshape(shape)
+    left, right = x[..., :half].astype(jnp.float32), x[..., half:rotated].astype(jnp.float32)
+    turned = ((left * cos - right * sin).astype(x.dtype), (right * cos + left * sin).astype(x.dtype))
+    return jnp.concatenate([*turned, x[..., rotated:]], axis=-1)
 
 
 def gated_mlp(x: Array, weights: Params, activation: str, block: int, place: Place) -> Array:
@@ -79,23 +73,10 @@ def gated_mlp(x: Array, weights: Params, activation: str, block: int, place: Pla
     gate_up = linear(x, weights["gate_up"], place.target)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
-    out = place.sum(linear(gated(gate_up, activation, block), weights["down"], place.target), "mlp")
+    out = place.sum(
+        linear(gated(gate_up, activation, block, target=place.target), weights["down"], place.target), "mlp"
+    )
     return out + weights["down_bias"][None] if "down_bias" in weights else out
-
-
-def gated(gate_up: Array, activation: str, block: int, clamp: float | None = None) -> Array:
-    """act(gate) * up, [tokens, mlp], of [tokens, 2 * mlp] where they stand in turns of `block` columns.
-
-    clamp: gpt-oss's instead, see `Experts`.
-    """
-    gate_up = gate_up.reshape(gate_up.shape[0], -1, 2, block)
-    gate, up = gate_up[:, :, 0].astype(jnp.float32), gate_up[:, :, 1]
-    if clamp is None:
-        gate = ACTIVATIONS[activation](gate).astype(up.dtype)
-    else:
-        gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp) + 1
-        gate = (gate * jax.nn.sigmoid(1.702 * gate)).astype(up.dtype)
-    return (gate * up).reshape(gate_up.shape[0], -1)
 
 
 def softcap(x: Array, cap: float | None) -> Array:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
-from engine.model.layers import ACTIVATIONS, Params, apply_rope, linear, rms_norm
+from engine.model.layers import Params, apply_rope, linear, rms_norm
 from engine.model.place import Place
+from pallas_kernels.gated import ACTIVATIONS
 from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.ssd.api import SSDInput
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import Experts
-from engine.model.layers import Params, gated
+from engine.model.layers import Params
 from engine.model.params import mlp_block
 from engine.model.place import Place
+from pallas_kernels.gated import gated
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.products import product
 from pallas_kernels.quantized import Quantized
@@ -38,7 +39,8 @@ def expert_mlps(experts: Experts, activation: str, x: Array, weights: Params, pl
     hidden = _grouped(x[order // k], weights["experts_gate_up"], sizes, place.target)
     if experts.biases:
         hidden = hidden + weights["experts_gate_up_bias"].reshape(here, -1)[mine]
-    hidden = gated(hidden, activation, mlp_block(experts.intermediate_size), experts.clamp)
+    block = mlp_block(experts.intermediate_size)
+    hidden = gated(hidden, activation, block, target=place.target, clamp=experts.clamp)
     out = _grouped(hidden, weights["experts_down"], sizes, place.target)[:, : x.shape[1]]  # see `ParamSpec.by_rows`
     if experts.biases:
         first = place.index("expert_mlp") == 0  # a bias counts once

@@ -1,13 +1,15 @@
 """x @ w for a weight as it is: the public function, its checks, and the choice of implementation.
 
 x is [tokens, K] in float32, bfloat16 or float16, w [K, N] of the same dtype, as it is or in `Panels`, or [N, K]
-when transposed; the result is float32 [tokens, N], accumulated in float32.
+when transposed; the result is [tokens, N], accumulated in float32 and rounded to `dtype` once.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from pallas_kernels.choice import Choice, Implementation, choose, never
 from pallas_kernels.matmul import cpu, reference
@@ -26,10 +28,12 @@ def choice(spec: MatmulSpec, target: Target) -> Choice[MatmulSpec]:
     return choose("matmul", CANDIDATES, spec, target)
 
 
-def matmul(x: Array, w: Array | Panels, *, target: Target, transposed: bool = False) -> Array:
-    """float32 [tokens, N]: x [tokens, K] @ w [K, N], or w [N, K] when transposed."""
+def matmul(
+    x: Array, w: Array | Panels, *, target: Target, transposed: bool = False, dtype: DTypeLike = jnp.float32
+) -> Array:
+    """[tokens, N] in dtype: x [tokens, K] @ w [K, N], or w [N, K] when transposed."""
     run = choice(spec_of(x, w, transposed=transposed), target).implementation.run
-    return run(x, w, transposed=transposed, target=target)
+    return run(x, w, transposed=transposed, target=target, dtype=jnp.dtype(dtype))
 
 
 def spec_of(

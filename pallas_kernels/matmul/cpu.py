@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pallas_kernels.matmul.spec import MatmulSpec
@@ -59,8 +60,11 @@ def _left_to_xla(weight_dtype: str, target: Target) -> bool:
     return target.bfloat16_products and weight_dtype == "bfloat16" and target.native not in PAIRS
 
 
-def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target) -> Array:
+def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target, dtype: np.dtype) -> Array:
     """See `api.matmul`; int8 weights are multiplied as numbers."""
     n = w.shape[0] if transposed else w.shape[1]
-    call = jax.ffi.ffi_call(MATMUL, jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
-    return call(x, as_stored(w), isa=target.native, transposed=transposed, in_panels=isinstance(w, Panels))
+    paired = target.native in PAIRS and x.dtype == w.dtype == jnp.bfloat16 and not transposed
+    own = dtype if paired and dtype == jnp.bfloat16 else jnp.float32
+    call = jax.ffi.ffi_call(MATMUL, jax.ShapeDtypeStruct((x.shape[0], n), own))
+    out = call(x, as_stored(w), isa=target.native, transposed=transposed, in_panels=isinstance(w, Panels))
+    return out.astype(dtype)

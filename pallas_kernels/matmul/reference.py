@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from jax import Array
 
 from pallas_kernels.panels import Panels, whole
@@ -9,6 +10,6 @@ from pallas_kernels.products import product
 from pallas_kernels.target import Target
 
 
-def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target) -> Array:
+def run(x: Array, w: Array | Panels, *, transposed: bool, target: Target, dtype: np.dtype) -> Array:
     """See `api.matmul`."""
-    return product("tk,nk->tn" if transposed else "tk,kn->tn", x, whole(w))
+    return product("tk,nk->tn" if transposed else "tk,kn->tn", x, whole(w)).astype(dtype)

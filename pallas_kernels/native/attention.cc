@@ -8,6 +8,9 @@ namespace {
 
 constexpr float kMasked = -1e30f;  // finite: exp(kMasked - kMasked) is 1 and not NaN; such weights are zeroed
 constexpr int64_t kFewRows = 4;    // up to which keys and values are widened where they are used
+constexpr int64_t kKeys = kLanes == 16 ? kMostKeys : 32;  // that are folded at once
+constexpr int64_t kPairDim = 1024;                         // longest keys that are multiplied in pairs
+constexpr int kPairRows = 10;                              // of a tile of pairs
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -44,12 +47,6 @@ inline void join(const Attention& a, const State& into, const State& part, int64
   into.top[r] = top;
 }
 
-inline uint16_t rounded(float value) {
-  if (value != value) return 0x7fc0;
-  const uint32_t bits = read<uint32_t>(&value);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // The result of query `query` and head `head`, whose row of the state is r.
 inline void finish(const Attention& a, const State& s, int64_t r, int64_t query, int64_t head) {
   float scale = 1, sum = s.sum[r];
@@ -65,18 +62,29 @@ inline void finish(const Attention& a, const State& s, int64_t r, int64_t query,
     std::memcpy(static_cast<float*>(a.out) + at, values, a.value_dim * sizeof(float));
   } else {
     uint16_t* out = static_cast<uint16_t*>(a.out) + at;
-    for (int64_t i = 0; i < a.value_dim; ++i) out[i] = rounded(values[i]);
+    for (int64_t i = 0; i < a.value_dim; i += kLanes) narrow(out + i, read<Vec>(values + i));
   }
 }
 
-// The task's queries, scaled, in float32 [count, num_heads, head_dim].
+// Whether queries and pages are multiplied as they are.
+inline bool in_pairs(const Attention& a) {
+#ifdef __AVX512BF16__
+  return a.q_is_bfloat16 && a.type == Type::kBFloat16 && a.head_dim % (2 * kLanes) == 0 && a.head_dim <= kPairDim &&
+         a.value_dim % (2 * kLanes) == 0;
+#else
+  return false;
+#endif
+}
+
+// The task's queries in float32 [count, num_heads, head_dim].
 inline void widen_queries(const Attention& a, const Queries& t, float* to) {
+  if (in_pairs(a)) return;
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t from = ((t.token + i) * a.q_heads + t.head) * a.head_dim, size = t.num_heads * a.head_dim;
     for (int64_t d = 0; d < size; d += kLanes) {
       const Vec value = a.q_is_bfloat16 ? widen(static_cast<const uint16_t*>(a.q) + from + d)
                                         : widen(static_cast<const float*>(a.q) + from + d);
-      write(to + i * size + d, value * a.scale);
+      write(to + i * size + d, value);
     }
   }
 }
@@ -95,36 +103,57 @@ inline float power_of_two(int8_t exponent) {
   return read<float>(&bits);
 }
 
-template <typename W>
-inline const W* row_at(const Attention& a, const Queries& t, int64_t position) {
-  const int64_t page = a.tables[t.table * a.pages_per_seq + position / a.page_size];
-  return static_cast<const W*>(a.pages) + (page * a.page_size + position % a.page_size) * a.width;
+// each(j, row) of `count` tokens from position `first` on: where a token's row of its page begins.
+template <typename W, typename Each>
+inline void rows_from(const Attention& a, const Queries& t, int64_t first, int64_t count, Each each) {
+  const int32_t* page = a.tables + t.table * a.pages_per_seq + first / a.page_size;
+  for (int64_t j = 0, at = first % a.page_size; j < count; ++page, at = 0) {
+    const W* row = static_cast<const W*>(a.pages) + (*page * a.page_size + at) * a.width;
+    for (; j < count && at < a.page_size; ++j, ++at, row += a.width) each(j, row);
+  }
 }
 
 template <typename W>
 inline void find(const Attention& a, const Queries& t, int64_t first, int64_t count, Block<W>& block) {
   const int64_t kv_head = t.head / (a.q_heads / a.kv_heads);
   block.first = first, block.count = count;
-  for (int64_t j = 0; j < count; ++j) {
-    const W* row = row_at<W>(a, t, first + j);
+  rows_from<W>(a, t, first, count, [&](int64_t j, const W* row) {
     block.key[j] = row + kv_head * a.head_stride;
     block.value[j] = block.key[j] + a.value_offset;
     if constexpr (sizeof(W) == 1) {
       block.key_scale[j] = power_of_two(row[a.exponents + 2 * kv_head]);
       block.value_scale[j] = power_of_two(row[a.exponents + 2 * kv_head + 1]);
     }
-  }
+  });
+  if constexpr (sizeof(W) == 1)
+    for (int64_t j = count; j < kKeys; ++j) block.key_scale[j] = block.value_scale[j] = 0;
 }
 
-// Asks for the next keys while these are folded: a row's neighbours in a page belong to other heads.
-template <typename W>
-inline void fetch(const Attention& a, const Queries& t, int64_t first, int64_t count) {
-  const int64_t kv_head = t.head / (a.q_heads / a.kv_heads);
-  const int64_t bytes = (a.value_offset + a.value_dim) * sizeof(W);
-  for (int64_t j = 0; j < count; ++j) {
-    const char* from = reinterpret_cast<const char*>(row_at<W>(a, t, first + j) + kv_head * a.head_stride);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+inline int64_t kv_heads_of(const Attention& a, const Queries& t) {
+  return larger(t.num_heads / (a.q_heads / a.kv_heads), 1);
+}
+
+// The next block, asked for a line of the cache at a time while this one is folded: a processor forgets what is asked for
+// all at once. A row's neighbours in a page may belong to other tasks' heads.
+struct Next {
+  const char* rows[kKeys];
+  int64_t count, bytes, row, at;
+  void turn() {
+    if (row == count) return;
+    __builtin_prefetch(rows[row] + at, 0, 2);
+    at += 64;
+    if (at >= bytes) at = 0, ++row;
   }
+};
+
+template <typename W>
+inline void find_next(const Attention& a, const Queries& t, int64_t first, int64_t count, Next& next) {
+  const int64_t kv_head = t.head / (a.q_heads / a.kv_heads);
+  next.bytes = ((kv_heads_of(a, t) - 1) * a.head_stride + a.value_offset + a.value_dim) * sizeof(W);
+  next.count = count, next.row = next.at = 0;
+  rows_from<W>(a, t, first, count, [&](int64_t j, const W* row) {
+    next.rows[j] = reinterpret_cast<const char*>(row + kv_head * a.head_stride);
+  });
 }
 
 // scores[r, j] of kRows queries and kCount keys.
@@ -181,36 +210,62 @@ inline Vec capped(Vec score, float softcap) {
   return softcap - (2.0f * softcap) / (exponential(x + x) + 1.0f);
 }
 
-// One row's scores become weights; its state shrinks to the new highest score. Keys [begin, end) of the block are seen.
+// Row r's scores, scaled and capped; what it does not see of the block is kMasked. Returns the highest by lanes.
 template <typename W>
-inline void soften(const Attention& a, const Block<W>& block, int64_t begin, int64_t end, float* scores, float* values,
-                   float& top, float& sum) {
-  Vec score[kKeys / kLanes], highest = splat(top), weighed{};
-  Ints seen[kKeys / kLanes], index;
+inline Vec scaled(const Attention& a, const Queries& t, const Block<W>& block, int64_t r, float* scores) {
+  const int64_t position = t.position + r / t.num_heads, first = a.window ? larger(position - a.window + 1, 0) : 0;
+  const int32_t begin = static_cast<int32_t>(larger(first - block.first, 0));
+  const int32_t end = static_cast<int32_t>(smaller(position + 1 - block.first, block.count));
+  Vec highest = splat(kMasked);
+  Ints index;
   for (int i = 0; i < kLanes; ++i) index[i] = i;
   for (int v = 0; v < kKeys / kLanes; ++v, index += static_cast<int32_t>(kLanes)) {
-    seen[v] = (index >= static_cast<int32_t>(begin)) & (index < static_cast<int32_t>(end));
-    score[v] = read<Vec>(scores + v * kLanes);
-    if constexpr (sizeof(W) == 1) score[v] *= read<Vec>(block.key_scale + v * kLanes);
-    if (a.softcap != 0) score[v] = capped(score[v], a.softcap);
-    score[v] = seen[v] ? score[v] : splat(kMasked);
-    highest = score[v] > highest ? score[v] : highest;
+    Vec score = read<Vec>(scores + v * kLanes) * a.scale;
+    if constexpr (sizeof(W) == 1) score *= read<Vec>(block.key_scale + v * kLanes);
+    if (a.softcap != 0) score = capped(score, a.softcap);
+    if (begin > 0 || end < kKeys) score = (index >= begin) & (index < end) ? score : splat(kMasked);
+    write(scores + v * kLanes, score);
+    highest = score > highest ? score : highest;
   }
-  const float before = top;
-  top = largest(highest);
-  for (int v = 0; v < kKeys / kLanes; ++v) {
-    Vec weight = exponential(score[v] - top);
-    weight = seen[v] ? weight : Vec{};
-    weighed += weight;
-    if constexpr (sizeof(W) == 1) {
-      const Vec scale = read<Vec>(block.value_scale + v * kLanes);
-      weight = seen[v] ? weight * scale : Vec{};
+  return highest;
+}
+
+// All rows' scores become weights, handed to keep(row, weights); their states shrink to the new highest scores. Rows are
+// taken a vector of them at a time.
+template <typename W, typename Keep>
+inline void soften(const Attention& a, const Queries& t, const Block<W>& block, float* scores, const State& s, Keep keep) {
+  const int64_t rows = t.count * t.num_heads;
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t count = smaller(kLanes, rows - first);
+    Vec part[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i)
+      part[i] = i < count ? scaled(a, t, block, first + i, scores + (first + i) * kKeys) : splat(kMasked);
+    alignas(64) float top[kLanes], shrink[kLanes], sum[kLanes];
+    tops(part, top);
+    for (int64_t i = 0; i < count; ++i) {
+      const float before = s.top[first + i];
+      s.top[first + i] = top[i] = top[i] > before ? top[i] : before;
+      shrink[i] = before - top[i];
     }
-    write(scores + v * kLanes, weight);
+    for (int64_t i = count; i < kLanes; ++i) shrink[i] = 0;
+    write(shrink, exponential(read<Vec>(shrink)));
+    for (int64_t i = 0; i < count; ++i) {
+      Vec weights[kKeys / kLanes], weighed{};
+      for (int v = 0; v < kKeys / kLanes; ++v) {
+        weights[v] = exponential(read<Vec>(scores + (first + i) * kKeys + v * kLanes) - top[i]);
+        if (top[i] == kMasked) weights[v] = Vec{};  // it has seen nothing yet
+        weighed += weights[v];
+        if constexpr (sizeof(W) == 1) weights[v] *= read<Vec>(block.value_scale + v * kLanes);
+      }
+      part[i] = weighed;
+      keep(first + i, weights);
+    }
+    totals(part, sum, std::integral_constant<int, kLanes>());
+    for (int64_t i = 0; i < count; ++i) {
+      s.sum[first + i] = s.sum[first + i] * shrink[i] + sum[i];
+      if (shrink[i] != 1.0f) multiply(s.values + (first + i) * a.value_dim, a.value_dim, shrink[i]);
+    }
   }
-  const float shrink = exponential(before - top);
-  sum = sum * shrink + total(weighed);
-  if (shrink != 1.0f) multiply(values, a.value_dim, shrink);
 }
 
 // Folds one block into the state of the task's rows.
@@ -220,16 +275,96 @@ void fold(const Attention& a, const Queries& t, const Block<W>& block, const flo
   int64_t r = 0;
   for (; r + 3 <= rows; r += 3) all_dots<3>(q + r * a.head_dim, a.head_dim, block, scores + r * kKeys);
   for (; r < rows; ++r) all_dots<1>(q + r * a.head_dim, a.head_dim, block, scores + r * kKeys);
-  for (r = 0; r < rows; ++r) {
-    const int64_t position = t.position + r / t.num_heads;
-    const int64_t first = a.window ? larger(position - a.window + 1, 0) : 0;
-    soften(a, block, larger(first - block.first, 0), smaller(position + 1 - block.first, block.count),
-           scores + r * kKeys, s.values + r * a.value_dim, s.top[r], s.sum[r]);
-  }
+  soften(a, t, block, scores, s, [&](int64_t row, const Vec (&weights)[kKeys / kLanes]) {
+    for (int v = 0; v < kKeys / kLanes; ++v) write(scores + row * kKeys + v * kLanes, weights[v]);
+  });
   for (r = 0; r + 3 <= rows; r += 3)
     all_weighed<3>(scores + r * kKeys, block, s.values + r * a.value_dim, a.value_dim);
   for (; r < rows; ++r) all_weighed<1>(scores + r * kKeys, block, s.values + r * a.value_dim, a.value_dim);
 }
+
+#ifdef __AVX512BF16__
+// scores[r, j] of kRows queries, rows of x, and two vectors of keys that stand in pairs of columns.
+template <int kRows>
+inline void pair_dots(const uint16_t* const* x, int64_t dim, const uint32_t* keys, float* scores) {
+  Vec sum[kRows][2] = {};
+  for (int64_t d = 0; d < dim; d += 2, keys += kKeys) {
+    const __m512i key[2] = {_mm512_load_si512(keys), _mm512_load_si512(keys + kLanes)};
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i query = _mm512_set1_epi32(read<int32_t>(x[r] + d));
+      for (int v = 0; v < 2; ++v) sum[r][v] = add_pairs(sum[r][v], query, key[v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < 2; ++v) write(scores + r * kKeys + v * kLanes, sum[r][v]);
+}
+
+// Keys [kKeys, dim] in pairs of columns, [dim / 2, kKeys]; keys that are not there are 0.
+inline void pair_keys(const Block<uint16_t>& block, int64_t dim, uint32_t* to, Next& next) {
+  for (int64_t d = 0; d < dim; d += 2 * kLanes)
+    for (int64_t first = 0; first < block.count; first += kLanes) {
+      __m512i key[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) {
+        key[j] = first + j < block.count ? _mm512_loadu_si512(block.key[first + j] + d) : _mm512_setzero_si512();
+        next.turn();
+      }
+      transpose(key);
+      for (int64_t i = 0; i < kLanes; ++i) _mm512_store_si512(to + (d / 2 + i) * kKeys + first, key[i]);
+    }
+}
+
+// values[r] += weights[r] @ the block's values, kWide columns of them.
+template <int kRows>
+inline void pair_weigh(const uint16_t* weights, const Block<uint16_t>& block, int64_t column, float* values, int64_t dim,
+                       Next& next) {
+  Vec sum[kRows][2];
+  for (int r = 0; r < kRows; ++r)
+    in_pair_order(read<Vec>(values + r * dim + column), read<Vec>(values + r * dim + column + kLanes), sum[r]);
+  for (int64_t j = 0; j < block.count; j += 2) {
+    const __m512i even = _mm512_loadu_si512(block.value[j] + column);
+    const __m512i odd = j + 1 < block.count ? _mm512_loadu_si512(block.value[j + 1] + column) : _mm512_setzero_si512();
+    const __m512i pairs[2] = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
+    next.turn(), next.turn();
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i weight = _mm512_set1_epi32(read<int32_t>(weights + r * kKeys + j));
+      for (int v = 0; v < 2; ++v) sum[r][v] = add_pairs(sum[r][v], weight, pairs[v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    Vec low, high;
+    in_order(sum[r], low, high);
+    write(values + r * dim + column, low);
+    write(values + r * dim + column + kLanes, high);
+  }
+}
+
+// As `fold` below, of bfloat16 queries and pages: by pairs, weights rounded to bfloat16.
+inline void fold_pairs(const Attention& a, const Queries& t, const Block<uint16_t>& block, float* scratch,
+                       const State& s, Next& next) {
+  const int64_t rows = t.count * t.num_heads;
+  alignas(64) static thread_local uint16_t weights[kTaskRows * kKeys];
+  alignas(64) static thread_local uint32_t keys[kPairDim / 2 * kKeys];
+  const uint16_t* x[kTaskRows];
+  for (int64_t r = 0; r < rows; ++r)
+    x[r] = static_cast<const uint16_t*>(a.q) +
+           ((t.token + r / t.num_heads) * a.q_heads + t.head + r % t.num_heads) * a.head_dim;
+  pair_keys(block, a.head_dim, keys, next);
+  in_heights<kPairRows>(rows, [&](auto height, int64_t r) {
+    for (int64_t j = 0; j < block.count; j += 2 * kLanes)
+      pair_dots<height>(x + r, a.head_dim, keys + j, scratch + r * kKeys + j);
+  });
+  soften(a, t, block, scratch, s, [&](int64_t r, const Vec (&weight)[kKeys / kLanes]) {
+    for (int64_t v = 0; v < kKeys / kLanes; v += 2) {
+      const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)weight[v + 1], (__m512)weight[v]);
+      _mm512_store_si512(weights + r * kKeys + v * kLanes, (__m512i)pairs);
+    }
+  });
+  for (int64_t column = 0; column < a.value_dim; column += 2 * kLanes)
+    in_heights<kPairRows>(rows, [&](auto height, int64_t r) {
+      pair_weigh<height>(weights + r * kKeys, block, column, s.values + r * a.value_dim, a.value_dim, next);
+    });
+}
+#endif
 
 // The block's keys and values in float32, once for many rows.
 template <typename W>
@@ -245,23 +380,37 @@ inline void widen_block(const Attention& a, const Block<W>& from, float* panel, 
   }
 }
 
+// Folds a block's keys of one KV head into the state of its rows.
+template <typename W>
+inline void fold_block(const Attention& a, const Queries& t, const Block<W>& block, const float* q, const State& s,
+                       float* scratch, Next& next) {
+  float *scores = scratch, *panel = scratch + kTaskRows * kKeys;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<W, uint16_t>)
+    if (in_pairs(a)) return fold_pairs(a, t, block, scores, s, next);
+#endif
+  while (next.row < next.count) next.turn();
+  if (t.count * t.num_heads <= kFewRows) return fold(a, t, block, q, scores, s);
+  Block<float> wide;
+  widen_block(a, block, panel, wide);
+  fold(a, t, wide, q, scores, s);
+}
+
 // Folds keys [begin, end), begin a multiple of kKeys, into a state that was cleared.
 template <typename W>
 void fold_range(const Attention& a, const Queries& t, int64_t begin, int64_t end, const float* q, const State& s,
                 float* scratch) {
-  float *scores = scratch, *panel = scratch + kTaskRows * kKeys;
-  const bool few = t.count * t.num_heads <= kFewRows;
+  const int64_t kv_heads = kv_heads_of(a, t), heads = t.num_heads / kv_heads;
   Block<W> block;
-  Block<float> wide;
+  Next next;
   for (int64_t first = begin; first < end; first += kKeys) {
-    const int64_t next = first + kKeys;
-    find(a, t, first, smaller(kKeys, end - first), block);
-    if (next < end) fetch<W>(a, t, next, smaller(kKeys, end - next));
-    if (few) {
-      fold(a, t, block, q, scores, s);
-    } else {
-      widen_block(a, block, panel, wide);
-      fold(a, t, wide, q, scores, s);
+    find_next<W>(a, t, first + kKeys, larger(smaller(kKeys, end - first - kKeys), 0), next);
+    for (int64_t head = 0; head < t.num_heads; head += heads) {
+      Queries one = t;
+      one.head += head, one.num_heads = heads;
+      find(a, one, first, smaller(kKeys, end - first), block);
+      const State rows = {s.top + head, s.sum + head, s.values + head * a.value_dim};
+      fold_block(a, one, block, q + head * a.head_dim, rows, scratch, next);
     }
   }
 }

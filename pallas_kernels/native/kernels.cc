@@ -4,6 +4,7 @@
 namespace octavo::ISA {
 
 void columns(const Matmul&, int64_t begin, int64_t end);
+void gate(const Gate&, int64_t begin, int64_t end);
 void attend(const Attention&, const Queries&, float* scratch);
 void attend_part(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
 void merge(const Attention&, const Queries&, int64_t parts, float* states);
@@ -15,6 +16,6 @@ constexpr bool kHalves = false;
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels{NAME, 2 * LANES, kHalves, columns, attend, attend_part, merge};
+const Kernels kernels{NAME, 2 * LANES, kHalves, columns, gate, attend, attend_part, merge};
 
 }  // namespace octavo::ISA

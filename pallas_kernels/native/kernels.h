@@ -15,7 +15,8 @@ struct Matmul {
   const float* x;  // [tokens, k]; null with halves
   const uint16_t* halves;  // the same in bfloat16 where the instruction set multiplies it by such weights, or null
   const void* w;   // [k, n], [k / 2, n] of kInt4, [n, k] when transposed
-  float* y;        // [tokens, n]
+  float* y;        // [tokens, n]; null with narrow_y
+  uint16_t* narrow_y;  // the same in bfloat16, which goes with halves that are not transposed
   int64_t tokens, k, n;
   Type type;
   bool transposed, in_panels;
@@ -23,6 +24,14 @@ struct Matmul {
   const void* offsets;  // the same, or null: 0, of kInt4 -8 * scale
   Type scales_type;     // kFloat32 or kBFloat16
   int64_t group;        // even for kInt4
+};
+
+// out[i] = x[2 * i] * sigmoid(x[2 * i]) * x[2 * i + 1], each of `block` numbers, all of one type.
+struct Gate {
+  const void* x;
+  void* out;
+  bool is_bfloat16;
+  int64_t block;
 };
 
 // Attention of queries [tokens, q_heads, head_dim] over pages of rows of `width` elements, a row a token.
@@ -42,7 +51,8 @@ struct Attention {
   int64_t window;                     // 0: none
 };
 
-// Some queries of one sequence, the first at `position`, and some query heads of one KV head.
+// Some queries of one sequence, the first at `position`, and some query heads of one KV head; or one query and all query
+// heads of some KV heads.
 struct Queries {
   int64_t table;  // row of `tables`
   int64_t token, count, position;
@@ -51,11 +61,12 @@ struct Queries {
 
 constexpr int64_t kPart = 512;     // keys folded on their own, from a multiple of it; then parts are merged in order
 constexpr int64_t kTaskRows = 32;  // queries times heads of one call
-constexpr int64_t kKeys = 32;      // folded at once
+constexpr int64_t kMostKeys = 64;  // folded at once, by whoever takes the most
 
 inline int64_t state_floats(const Attention& a, int64_t rows) { return rows * (2 + a.value_dim); }
 inline int64_t scratch_floats(const Attention& a) {
-  return kTaskRows * (a.head_dim + kKeys) + 2 * state_floats(a, kTaskRows) + kKeys * (a.head_dim + a.value_dim);
+  return kTaskRows * (a.head_dim + kMostKeys) + 2 * state_floats(a, kTaskRows) +
+         kMostKeys * (a.head_dim + a.value_dim);
 }
 
 struct Kernels {
@@ -63,6 +74,7 @@ struct Kernels {
   int64_t lanes;  // k, n are multiples of it, head_dim and value_dim of half of it
   bool halves;    // bfloat16 times bfloat16 takes x as it is
   void (*columns)(const Matmul&, int64_t begin, int64_t end);  // of y, multiples of `lanes`
+  void (*gate)(const Gate&, int64_t begin, int64_t end);       // of blocks, whose size is a multiple of half of `lanes`
   // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.
   void (*attend)(const Attention&, const Queries&, float* scratch);
   // What one query sees of keys [kPart * part, kPart * (part + 1)), into state_floats of num_heads rows.

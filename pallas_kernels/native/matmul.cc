@@ -16,7 +16,7 @@ constexpr int64_t kPanelDeep = 32;                   // rows of w of a panel, wh
 constexpr int64_t kPanel = 4 * kLanes;               // columns of a panel
 constexpr int64_t kBlock = 2560 / kLanes;            // most rows of w that are widened at once: kWide columns of them
                                                      // stay in L1 beside a tile's rows of x
-constexpr int64_t kMany = 192;                       // rows of x that are multiplied with them: those stay in L2
+constexpr int kTurns = 2;                            // fetches a step of a tile
 
 // Where column c of a row is: rows one behind the other, or in panels.
 inline int64_t place(bool in_panels, int64_t rows, int64_t n, int64_t row, int64_t c) {
@@ -115,17 +115,15 @@ struct Packed {
   }
 };
 
-// one(height, r) for tiles of `rows` rows, r the first of a tile: of kMost, then of 4, 2 and 1. Two vectors wide these
-// are at least eight sums at once where they can be, which hides a product's latency.
-template <int kMost, typename One>
-inline void in_heights(int64_t rows, One one) {
-  int64_t r = 0;
-  if constexpr (kMost > 4)
-    for (; rows - r >= kMost && rows - r != kMost + 2; r += kMost) one(std::integral_constant<int, kMost>(), r);
-  for (; rows - r >= 4; r += 4) one(std::integral_constant<int, 4>(), r);
-  for (; rows - r >= 2; r += 2) one(std::integral_constant<int, 2>(), r);
-  if (r < rows) one(std::integral_constant<int, 1>(), r);
-}
+// What is read next, fetched into L2 while something else is multiplied: `step` bytes a turn.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  void turn() {
+    __builtin_prefetch(next, 0, 2);
+    next += step;
+  }
+};
 
 // y[kRows, kVecs vectors] += x[kRows, kStored * depth] @ the reader's next `depth` stored rows
 template <int kRows, int kVecs, int kStored, typename Reader>
@@ -220,31 +218,28 @@ inline void fill(float* panel, const Weights& w, int64_t row, int64_t end, int64
   }
 }
 
-// More rows: limited by arithmetic. Up to kBlock rows of w are widened once, a panel's columns of them, for up to
-// kMany rows of x; the columns that follow are on their way from memory meanwhile.
+// More rows: limited by arithmetic. Up to kBlock rows of w are widened once, a panel's columns of them, for all rows of
+// x; the columns that follow are on their way from memory meanwhile.
 template <typename Weights>
 void block(const Matmul& m, const Weights& w, int64_t begin, int64_t end) {
   alignas(64) static thread_local float wide[kPanel / kWide][kBlock * kWide];
   constexpr int64_t kStored = Weights::kRows;
   const int64_t blocks = (w.rows * kStored + kBlock - 1) / kBlock, deep = (w.rows + blocks - 1) / blocks;
-  for (int64_t t = 0; t < m.tokens; t += kMany) {
-    const int64_t tokens = std::min(kMany, m.tokens - t), calls = kPanel / kWide * ((tokens + kTileRows - 1) / kTileRows);
-    const int64_t step = m.in_panels ? (sizeof(*w.w) * kPanel / kStored + calls - 1) / calls : 0;
-    for (int64_t r = t; r < t + tokens; ++r) std::fill(m.y + r * m.n + begin, m.y + r * m.n + end, 0.0f);
-    for (int64_t row = 0, stop; row < w.rows; row = stop) {
-      stop = std::min(w.rows, row + deep);
-      for (int64_t c = begin; c < end; c += kPanel) {
-        const int64_t parts = std::min<int64_t>(kPanel, end - c) / kWide;
-        for (int64_t part = 0; part < parts; ++part) fill(wide[part], w, row, stop, c + part * kWide);
-        const int64_t after = c + kPanel < end ? place(m.in_panels, w.rows, m.n, row, c + kPanel)
-                                               : place(m.in_panels, w.rows, m.n, stop % w.rows, begin);
-        const char* next = reinterpret_cast<const char*>(w.w + after);
-        for (int64_t part = 0; part < parts; ++part) {
-          Widened widened{wide[part], next, step};
-          tiles(m.x + t * m.k + row * kStored, m.k, widened, m.y + t * m.n + c + part * kWide, m.n, tokens,
-                (stop - row) * kStored);
-          next = widened.next;
-        }
+  const int64_t calls = kPanel / kWide * ((m.tokens + kTileRows - 1) / kTileRows);
+  const int64_t step = m.in_panels ? (sizeof(*w.w) * kPanel / kStored + calls - 1) / calls : 0;
+  for (int64_t r = 0; r < m.tokens; ++r) std::fill(m.y + r * m.n + begin, m.y + r * m.n + end, 0.0f);
+  for (int64_t row = 0, stop; row < w.rows; row = stop) {
+    stop = std::min(w.rows, row + deep);
+    for (int64_t c = begin; c < end; c += kPanel) {
+      const int64_t parts = std::min<int64_t>(kPanel, end - c) / kWide;
+      for (int64_t part = 0; part < parts; ++part) fill(wide[part], w, row, stop, c + part * kWide);
+      const int64_t after = c + kPanel < end ? place(m.in_panels, w.rows, m.n, row, c + kPanel)
+                                             : place(m.in_panels, w.rows, m.n, stop % w.rows, begin);
+      const char* next = reinterpret_cast<const char*>(w.w + after);
+      for (int64_t part = 0; part < parts; ++part) {
+        Widened widened{wide[part], next, step};
+        tiles(m.x + row * kStored, m.k, widened, m.y + c + part * kWide, m.n, m.tokens, (stop - row) * kStored);
+        next = widened.next;
       }
     }
   }
@@ -260,11 +255,6 @@ struct Terms {
 };
 
 #ifdef __AVX512BF16__
-// Pairs of bfloat16 that the processor multiplies and adds to a float32, denormal numbers taken as 0.
-inline Vec add_pairs(Vec sum, __m512i x, __m512i w) {
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-}
-
 template <>
 struct Terms<uint16_t, uint16_t> {
   static constexpr int64_t kStep = 2 * kLanes;
@@ -273,10 +263,12 @@ struct Terms<uint16_t, uint16_t> {
   static Vec add(Vec sum, __m512i x, __m512i w) { return add_pairs(sum, x, w); }
 };
 
-// y[kRows, kUnits * kWide] = x[kRows, k] @ w[k, kUnits * kWide]. A register holds two rows of w beside each other in
-// pairs, columns 0-3, 8-11, 16-19 and 24-27 of a unit or the others; the sums are put in order at the end.
-template <int kRows, int kUnits>
-inline void pair_tile(const uint16_t* x, const uint16_t* w, int64_t w_stride, float* y, int64_t y_stride, int64_t k) {
+// kRows rows of y, kUnits * kWide columns from c on; w is where these begin. A register holds two rows of w beside each other,
+// a unit's columns in the order of pairs.
+template <int kRows, int kUnits, bool kFetch>
+inline void pair_tile(const Matmul& m, int64_t row, const uint16_t* w, int64_t w_stride, int64_t c, Ahead& ahead) {
+  const uint16_t* x = m.halves + row * m.k;
+  const int64_t k = m.k;
   Vec sum[kRows][kUnits][2] = {};
   for (int64_t d = 0; d < k; d += 2) {
     __m512i pairs[kUnits][2];
@@ -286,82 +278,94 @@ inline void pair_tile(const uint16_t* x, const uint16_t* w, int64_t w_stride, fl
       pairs[u][0] = _mm512_unpacklo_epi16(even, odd);
       pairs[u][1] = _mm512_unpackhi_epi16(even, odd);
     }
+    for (int turn = 0; kFetch && turn < kTurns; ++turn) ahead.turn();
     for (int r = 0; r < kRows; ++r) {
       const __m512i value = _mm512_set1_epi32(read<int32_t>(x + r * k + d));
       for (int u = 0; u < kUnits; ++u)
         for (int h = 0; h < 2; ++h) sum[r][u][h] = add_pairs(sum[r][u][h], value, pairs[u][h]);
     }
   }
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
   for (int r = 0; r < kRows; ++r)
     for (int u = 0; u < kUnits; ++u) {
-      const __m512 low = (__m512)sum[r][u][0], high = (__m512)sum[r][u][1];
-      float* to = y + r * y_stride + u * kWide;
-      write(to, (Vec)_mm512_permutex2var_ps(low, first, high));
-      write(to + kLanes, (Vec)_mm512_permutex2var_ps(low, second, high));
+      const int64_t to = (row + r) * m.n + c + u * kWide;
+      Vec low, high;
+      in_order(sum[r][u], low, high);
+      if (m.narrow_y != nullptr) {
+        narrow(m.narrow_y + to, low);
+        narrow(m.narrow_y + to + kLanes, high);
+      } else {
+        write(m.y + to, low);
+        write(m.y + to + kLanes, high);
+      }
     }
 }
 
-// Rows [t, end) of y, kUnits * kWide columns from c on.
+// kUnits * kWide columns from c on. Few rows take them from memory as they come; more would wait for each part in
+// their first tile and for nothing in the others, so all of them fetch the part that follows.
 template <int kUnits>
-inline void pair_tiles(const Matmul& m, int64_t t, int64_t end, int64_t c) {
+inline void pair_columns(const Matmul& m, int64_t c) {
+  constexpr int kMost = kUnits == 1 ? kTileRows : kTileRows / 2;
   const uint16_t* w = static_cast<const uint16_t*>(m.w) + place(m.in_panels, m.k, m.n, 0, c);
-  in_heights<kUnits == 1 ? kTileRows : 4>(end - t, [&](auto height, int64_t r) {
-    const int64_t row = t + r;
-    pair_tile<height, kUnits>(m.halves + row * m.k, w, m.in_panels ? kPanel : m.n, m.y + row * m.n + c, m.n, m.k);
+  const int64_t w_stride = m.in_panels ? kPanel : m.n, tiles = (m.tokens + kMost - 1) / kMost;
+  Ahead ahead{reinterpret_cast<const char*>(w + m.k * kPanel), 2 * kPanel * int64_t{sizeof(*w)} / (kTurns * tiles)};
+  const bool fetch = m.in_panels && tiles > 1;
+  in_heights<kMost>(m.tokens, [&](auto height, int64_t r) {
+    if (fetch) pair_tile<height, kUnits, true>(m, r, w, w_stride, c, ahead);
+    else pair_tile<height, kUnits, false>(m, r, w, w_stride, c, ahead);
   });
 }
 
-// As many rows of x as stay near, the columns of w one after the other; few rows take a panel's width at once.
-void pair_columns(const Matmul& m, int64_t begin, int64_t end) {
-  for (int64_t t = 0, stop; t < m.tokens; t = stop) {
-    stop = std::min(m.tokens, t + kMany);
-    int64_t c = begin;
-    if (stop - t <= 4)
-      for (; c + kPanel <= end; c += kPanel) pair_tiles<2>(m, t, stop, c);
-    for (; c < end; c += kWide) pair_tiles<1>(m, t, stop, c);
-  }
+void paired(const Matmul& m, int64_t begin, int64_t end) {
+  int64_t c = begin;
+  for (; c + kPanel <= end; c += kPanel) pair_columns<2>(m, c);
+  for (; c < end; c += kWide) pair_columns<1>(m, c);
 }
 #endif
 
-// y[kRows, kCols] = x[kRows, k] @ w[kCols, k] transposed; the rows of w that follow are fetched.
+// y[kRows, kCols] = x[kRows, k] @ w[kCols, k] transposed
 template <int kRows, int kCols, typename X, typename W>
-inline void dots(const X* x, const W* w, int64_t k, float* y, int64_t y_stride) {
+inline void dots(const X* x, const W* w, int64_t k, float* y, int64_t y_stride, Ahead& ahead) {
   using Terms = Terms<X, W>;
   Vec sum[kRows][kCols] = {};
   for (int64_t i = 0; i < k; i += Terms::kStep) {
     decltype(Terms::of_w(w)) weights[kCols];
     for (int c = 0; c < kCols; ++c) weights[c] = Terms::of_w(w + c * k + i);
-    if (i % (64 / static_cast<int64_t>(sizeof(W))) == 0)
-      for (int c = 0; c < kCols; ++c) __builtin_prefetch(w + (kCols + c) * k + i);
+    for (int c = 0; c < kCols; ++c) ahead.turn();
     for (int r = 0; r < kRows; ++r) {
       const auto values = Terms::of_x(x + r * k + i);
       for (int c = 0; c < kCols; ++c) sum[r][c] = Terms::add(sum[r][c], values, weights[c]);
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kCols; ++c) y[r * y_stride + c] = total(sum[r][c]);
+  float sums[kRows * kCols];
+  totals(&sum[0][0], sums, std::integral_constant<int, kRows * kCols>());
+  for (int r = 0; r < kRows; ++r) std::memcpy(y + r * y_stride, sums + r * kCols, kCols * sizeof(float));
 }
 
-// All of x with row n of a transposed w and those behind it.
-template <int kCols, typename W, typename X>
+// All of x with row n of a transposed w and those behind it, kRows in all; the ones after these are fetched.
+template <int kRows, typename W, typename X>
 inline void all_dots(const Matmul& m, const X* x, int64_t n) {
-  const int64_t tokens = m.tokens, k = m.k, y_stride = m.n;
-  const W* w = static_cast<const W*>(m.w) + n * k;
-  float* y = m.y + n;
-  in_heights<4>(tokens, [&](auto height, int64_t t) {
-    dots<height, kCols>(x + t * k, w, k, y + t * y_stride, y_stride);
+  constexpr int kMost = 4;
+  const W* w = static_cast<const W*>(m.w) + n * m.k;
+  const int64_t tiles = (m.tokens + kMost - 1) / kMost;
+  Ahead ahead{reinterpret_cast<const char*>(w + kRows * m.k), Terms<X, W>::kStep * int64_t{sizeof(W)} / tiles};
+  in_heights<kMost>(m.tokens, [&](auto height, int64_t t) {
+    constexpr int kCols = kTotals > 1 ? kTotals / height : kRows;
+    for (int c = 0; c < kRows; c += kCols)
+      dots<height, kCols>(x + t * m.k, w + c * m.k, m.k, m.y + t * m.n + n + c, m.n, ahead);
   });
 }
 
 template <typename W, typename X>
 void transposed(const Matmul& m, const X* x, int64_t begin, int64_t end) {
   int64_t n = begin;
-  if (m.tokens == 1)
-    for (; n + 8 <= end; n += 8) all_dots<8, W>(m, x, n);
-  for (; n + 3 <= end; n += 3) all_dots<3, W>(m, x, n);
-  for (; n < end; ++n) all_dots<1, W>(m, x, n);
+  if constexpr (kTotals > 1) {
+    for (; n < end; n += kTotals) all_dots<kTotals, W>(m, x, n);
+  } else {
+    if (m.tokens == 1)
+      for (; n + 8 <= end; n += 8) all_dots<8, W>(m, x, n);
+    for (; n + 3 <= end; n += 3) all_dots<3, W>(m, x, n);
+    for (; n < end; ++n) all_dots<1, W>(m, x, n);
+  }
 }
 
 template <typename Weights>
@@ -392,7 +396,7 @@ void plain(const Matmul& m, int64_t begin, int64_t end) {
 void columns(const Matmul& m, int64_t begin, int64_t end) {
 #ifdef __AVX512BF16__
   if (m.halves != nullptr)
-    return m.transposed ? transposed<uint16_t>(m, m.halves, begin, end) : pair_columns(m, begin, end);
+    return m.transposed ? transposed<uint16_t>(m, m.halves, begin, end) : paired(m, begin, end);
 #endif
   switch (m.type) {
     case Type::kFloat32: return plain<float>(m, begin, end);

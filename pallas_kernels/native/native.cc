@@ -142,28 +142,37 @@ static const float* prepared(ffi::ThreadPool& pool, std::unique_ptr<float[]>& to
   return to.get();
 }
 
-// Everything of `m` but y's columns is set; those are divided among tasks.
+constexpr int64_t kTaskTokens = 192;  // rows of x of a task: they stay in L2 while all its columns of w pass
+
+// Everything of `m` is set; y's columns, and its rows where they are many, are divided among tasks.
 static ffi::Error by_columns(ffi::ThreadPool& pool, const Kernels& kernels, const Matmul& m, const ffi::AnyBuffer& w) {
   if (m.k % kernels.lanes || m.n % kernels.lanes)
     return ffi::Error::InvalidArgument("columns and rows must be whole vectors");
   const int64_t panel = 2 * kernels.lanes;
   if (m.in_panels && (m.n % panel || w.dimensions()[2] != panel))
     return ffi::Error::InvalidArgument("panels have " + std::to_string(panel) + " columns");
-  // A few tasks a thread, so that a late one costs little; at least two panels wide each.
+  // A few tasks a thread, so that a late one costs little.
   const int64_t unit = m.in_panels ? panel : kernels.lanes, units = m.n / unit;
-  const int64_t wanted = std::max<int64_t>(1, std::min(m.n / panel / 2, 4 * threads_of(pool)));
-  const int64_t width = (units + wanted - 1) / wanted * unit;
-  run_all(pool, (m.n + width - 1) / width, [&](int64_t i) {
-    kernels.columns(m, i * width, std::min((i + 1) * width, m.n));
+  const int64_t wanted = std::max<int64_t>(1, std::min(m.n / panel, 4 * threads_of(pool)));
+  const int64_t width = (units + wanted - 1) / wanted * unit, parts = (m.tokens + kTaskTokens - 1) / kTaskTokens;
+  run_all(pool, (m.n + width - 1) / width * parts, [&](int64_t i) {
+    const int64_t t = i % parts * kTaskTokens, c = i / parts * width;
+    Matmul task = m;
+    task.tokens = std::min(kTaskTokens, m.tokens - t);
+    if (m.narrow_y != nullptr) task.narrow_y += t * m.n;
+    else task.y += t * m.n;
+    if (m.halves != nullptr) task.halves += t * m.k;
+    else task.x += t * m.k;
+    kernels.columns(task, c, std::min(c + width, m.n));
   });
   return ffi::Error::Success();
 }
 
-static Matmul matmul_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, ffi::Result<ffi::BufferR2<ffi::F32>>& y,
-                        bool in_panels) {
+static Matmul matmul_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, ffi::Result<ffi::AnyBuffer>& y, bool in_panels) {
   Matmul m{};
   m.w = w.untyped_data();
-  m.y = y->typed_data();
+  if (y->element_type() == ffi::DataType::BF16) m.narrow_y = static_cast<uint16_t*>(y->untyped_data());
+  else m.y = static_cast<float*>(y->untyped_data());
   m.tokens = x.dimensions()[0];
   m.k = x.dimensions()[1];
   m.n = y->dimensions()[1];
@@ -171,7 +180,7 @@ static Matmul matmul_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, ffi::R
   return m;
 }
 
-static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::BufferR2<ffi::F32>> y,
+static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
                          std::string_view isa, bool transposed, bool in_panels) {
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
@@ -182,11 +191,13 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   if (kernels->halves && m.type == Type::kBFloat16 && type_of(x) == Type::kBFloat16)
     m.halves = static_cast<const uint16_t*>(x.untyped_data());
   else m.x = prepared(pool, copy, x, 0);
+  if (m.narrow_y != nullptr && (m.halves == nullptr || transposed))
+    return ffi::Error::InvalidArgument("results in bfloat16 are for bfloat16 products");
   return by_columns(pool, *kernels, m, w);
 }
 
 static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                                ffi::AnyBuffer offsets, ffi::Result<ffi::BufferR2<ffi::F32>> y, std::string_view isa,
+                                ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y, std::string_view isa,
                                 bool in_panels) {
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
@@ -199,6 +210,20 @@ static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
   std::unique_ptr<float[]> copy;
   m.x = prepared(pool, copy, x, m.type == Type::kInt4 ? m.group : 0);
   return by_columns(pool, *kernels, m, values);
+}
+
+// The numbers are in blocks, in turn the gate's and those that it lets through.
+static ffi::Error gate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, std::string_view isa,
+                       int64_t block) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  if (block % (kernels->lanes / 2)) return ffi::Error::InvalidArgument("blocks must be whole vectors");
+  const Gate g{x.untyped_data(), out->untyped_data(), x.element_type() == ffi::DataType::BF16, block};
+  const int64_t blocks = static_cast<int64_t>(x.element_count()) / (2 * block), each = std::max<int64_t>(1, kCopied / block);
+  run_all(pool, (blocks + each - 1) / each, [&](int64_t i) {
+    kernels->gate(g, i * each, std::min((i + 1) * each, blocks));
+  });
+  return ffi::Error::Success();
 }
 
 // What decode and prefill calls share. `heads` KV heads stand head_stride elements apart in a page's row, each key
@@ -250,6 +275,17 @@ static void add_tasks(const Attention& a, Queries all, std::vector<Queries>& tas
                          std::min(heads, group - h)});
 }
 
+// One query, all heads that a task can take: its KV heads lie beside each other in memory.
+static void add_whole(const Attention& a, Queries query, std::vector<Queries>& tasks) {
+  const int64_t group = a.q_heads / a.kv_heads;
+  if (group > kTaskRows) return add_tasks(a, query, tasks);
+  const int64_t heads = kTaskRows / group * group;
+  for (query.head = 0; query.head < a.q_heads; query.head += heads) {
+    query.num_heads = std::min(heads, a.q_heads - query.head);
+    tasks.push_back(query);
+  }
+}
+
 static void zero(const Attention& a, int64_t begin, int64_t end) {
   const int64_t token = a.q_heads * a.value_dim * (a.q_is_bfloat16 ? 2 : 4);
   std::memset(static_cast<char*>(a.out) + begin * token, 0, (end - begin) * token);
@@ -264,10 +300,13 @@ static ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
   const Attention a =
       attention_of(q, pages, tables, sinks, out, {heads, head_stride, value_offset, exponents}, scale, softcap, window);
   std::vector<Queries> tasks;
-  for (int64_t row = 0; row < lens.dimensions()[0]; ++row) {
+  const int64_t rows = lens.dimensions()[0];
+  for (int64_t row = 0; row < rows; ++row) {
     const int64_t len = lens.typed_data()[row];
-    if (len > 0) add_tasks(a, {row, row, 1, len - 1, 0, 0}, tasks);
-    else zero(a, row, row + 1);
+    const Queries query{row, row, 1, len - 1, 0, 0};
+    if (len <= 0) zero(a, row, row + 1);
+    else if (rows < 4 * threads_of(pool)) add_tasks(a, query, tasks);
+    else add_whole(a, query, tasks);
   }
   // A long context is cut into parts that threads share.
   struct Part {
@@ -331,7 +370,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_matmul, octavo::matmul,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("isa")
                                   .Attr<bool>("transposed")
                                   .Attr<bool>("in_panels"));
@@ -343,9 +382,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_packed_matmul, octavo::packed_matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("isa")
                                   .Attr<bool>("in_panels"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_gate, octavo::gate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("isa")
+                                  .Attr<int64_t>("block"));
 
 #define OCTAVO_ATTENTION_ATTRIBUTES   \
   .Arg<ffi::BufferR1<ffi::F32>>()     \

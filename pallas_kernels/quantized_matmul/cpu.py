@@ -56,7 +56,7 @@ def cut(w: Quantized, width: int) -> Quantized:
 def run(x: Array, w: Quantized, *, target: Target) -> Array:
     """See `api.quantized_matmul`."""
     if _scaled_sums(w):
-        out = cpu.run(x, w.values, transposed=False, target=target)
+        out = cpu.run(x, w.values, transposed=False, target=target, dtype=jnp.dtype(jnp.float32))
         return (out * w.scales.astype(jnp.float32)).astype(x.dtype)
     offsets = jnp.zeros((0,), w.scales.dtype) if w.offsets is None else as_stored(w.offsets).astype(w.scales.dtype)
     arrays = (as_stored(w.values), as_stored(w.scales), offsets)

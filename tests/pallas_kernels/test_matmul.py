@@ -26,7 +26,7 @@ from pallas_kernels.target import CPU, Target
 
 NATIVE = Target(native=library().isa)
 needs_native = pytest.mark.skipif(not NATIVE.native, reason=library().missing)
-ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 14, 33)  # every tile and every remainder
+ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 14, 33, 197)  # every tile and every remainder, one task and two
 SHAPES = ((32, 32), (64, 96), (576, 160), (288, 1056))  # (k, n): remainders of blocks, of tasks, of depths
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-6}  # of the norm: products are exact, sums are float32
 
@@ -114,7 +114,7 @@ def test_where_weights_are_cut_into_panels() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 13])
 def test_int8_weights(rows: int) -> None:
     """One scale a column: as good as the reference, which multiplies the same numbers."""
-    x, w = operands(rows, 288, 1056, "float32")
+    x, w = operands(rows, 288, 1088, "float32")
     packed = quantize(np.asarray(w), "int8")
     got, wanted = (quantized_matmul(x, packed, target=target) for target in (NATIVE, CPU))
     assert error(got, x, w) > 1e-4, "the weights are rounded"

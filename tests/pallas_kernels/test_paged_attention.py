@@ -23,7 +23,7 @@ needs_native = pytest.mark.skipif(not NATIVE.native, reason=library().missing)
 own_paths = pytest.mark.parametrize(
     "target", [pytest.param(CPU, id="plain"), pytest.param(NATIVE, id="compiled", marks=needs_native)]
 )
-COMPILED = [case for case in CASES if cpu.declines(case.spec("cpu"), Target(native="avx2")) is None]
+COMPILED = [case for case in CASES if cpu.declines(case.spec("cpu"), Target(native=NATIVE.native or "avx2")) is None]
 
 
 def named(name: str) -> Case:
