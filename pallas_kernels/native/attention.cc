@@ -159,7 +159,8 @@ inline void find_next(const Attention& a, const Queries& t, int64_t first, int64
 // scores[r, j] of kRows queries and kCount keys.
 template <int kRows, int kCount, typename W>
 inline void dots(const float* q, int64_t dim, const W* const* keys, float* scores) {
-  Vec sum[kCount][kRows] = {};
+  Vec sum[kCount][kRows];
+  clear(sum);
   for (int64_t d = 0; d < dim; d += kLanes) {
     Vec query[kRows];
     for (int r = 0; r < kRows; ++r) query[r] = read<Vec>(q + r * dim + d);
@@ -287,7 +288,8 @@ void fold(const Attention& a, const Queries& t, const Block<W>& block, const flo
 // scores[r, j] of kRows queries, rows of x, and two vectors of keys that stand in pairs of columns.
 template <int kRows>
 inline void pair_dots(const uint16_t* const* x, int64_t dim, const uint32_t* keys, float* scores) {
-  Vec sum[kRows][2] = {};
+  Vec sum[kRows][2];
+  clear(sum);
   for (int64_t d = 0; d < dim; d += 2, keys += kKeys) {
     const __m512i key[2] = {_mm512_load_si512(keys), _mm512_load_si512(keys + kLanes)};
     for (int r = 0; r < kRows; ++r) {

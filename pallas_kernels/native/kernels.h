@@ -12,8 +12,9 @@ enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 // its columns, and the sum its order, as the bytes have theirs: of each group rows 0, group / 2, 1, group / 2 + 1, ...
 // In panels, a matrix [rows, n] is [n / columns, rows, columns].
 struct Matmul {
-  const float* x;  // [tokens, k]; null with halves
-  const uint16_t* halves;  // the same in bfloat16 where the instruction set multiplies it by such weights, or null
+  const float* x;    // [tokens, k]; null with halves
+  const uint16_t* halves;  // the same in bfloat16, where the instruction set multiplies it by these weights; or null
+  const float* sums;       // [tokens, k / group] of x, with halves and offsets
   const void* w;   // [k, n], [k / 2, n] of kInt4, [n, k] when transposed
   float* y;        // [tokens, n]; null with narrow_y
   uint16_t* narrow_y;  // the same in bfloat16, which goes with halves that are not transposed
@@ -72,7 +73,7 @@ inline int64_t scratch_floats(const Attention& a) {
 struct Kernels {
   const char* name;
   int64_t lanes;  // k, n are multiples of it, head_dim and value_dim of half of it
-  bool halves;    // bfloat16 times bfloat16 takes x as it is
+  bool halves;    // bfloat16 times bfloat16, int8 or int4, in even groups, takes x in bfloat16
   void (*columns)(const Matmul&, int64_t begin, int64_t end);  // of y, multiples of `lanes`
   void (*gate)(const Gate&, int64_t begin, int64_t end);       // of blocks, whose size is a multiple of half of `lanes`
   // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.

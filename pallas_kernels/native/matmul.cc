@@ -63,10 +63,18 @@ inline void numbers(const uint8_t* w, Vec (&out)[2]) {
   out[1] = floats(pair >> 4);
 }
 
+// Scales and offsets of one group, where there are any, of kVecs vectors of columns.
+template <int kVecs>
+struct Factors {
+  bool scaled, offset;
+  Vec scale[kVecs], shift[kVecs];
+};
+
 // int8_t: a row each; uint8_t: two nibbles.
 template <typename W>
 struct Packed {
   static constexpr int kRows = std::is_same_v<W, uint8_t> ? 2 : 1, kStreamed = 4;
+  static constexpr int kPairRows = 2 / kRows;  // stored rows of a pair
   const W* w;
   const void *scales, *offsets;
   int64_t rows, groups, n, stride, group;
@@ -108,6 +116,17 @@ struct Packed {
       else reader.offset[v] = kRows == 2 ? reader.scale[v] * -8.0f : Vec{};
     }
     return reader;
+  }
+  // with_offsets: or without
+  template <int kVecs>
+  Factors<kVecs> factors(int64_t g, int64_t c, bool with_offsets) const {
+    Factors<kVecs> found{scales != nullptr, with_offsets && offsets != nullptr, {}, {}};
+    const int64_t first = place(in_panels, groups, n, g, c);
+    for (int v = 0; v < kVecs; ++v) {
+      if (found.scaled) found.scale[v] = factor(scales, first + v * kLanes);
+      if (found.offset) found.shift[v] = factor(offsets, first + v * kLanes);
+    }
+    return found;
   }
   Vec factor(const void* from, int64_t i) const {
     if (bfloat16_scales) return widen(static_cast<const uint16_t*>(from) + i);
@@ -269,7 +288,8 @@ template <int kRows, int kUnits, bool kFetch>
 inline void pair_tile(const Matmul& m, int64_t row, const uint16_t* w, int64_t w_stride, int64_t c, Ahead& ahead) {
   const uint16_t* x = m.halves + row * m.k;
   const int64_t k = m.k;
-  Vec sum[kRows][kUnits][2] = {};
+  Vec sum[kRows][kUnits][2];
+  clear(sum);
   for (int64_t d = 0; d < k; d += 2) {
     __m512i pairs[kUnits][2];
     for (int u = 0; u < kUnits; ++u) {
@@ -320,13 +340,112 @@ void paired(const Matmul& m, int64_t begin, int64_t end) {
   for (; c + kPanel <= end; c += kPanel) pair_columns<2>(m, c);
   for (; c < end; c += kWide) pair_columns<1>(m, c);
 }
+
+// Pairs of rows of w as bfloat16, exactly: kVecs vectors of columns, each with both of a column's numbers.
+
+template <int kVecs>
+inline void number_pairs(uint32_t* to, const int8_t* w, int64_t stride, int64_t count, int32_t, Ahead ahead) {
+  for (int64_t d = 0; d < count; ++d, w += 2 * stride) {
+    for (int turn = 0; turn < kTurns; ++turn) ahead.turn();
+    for (int v = 0; v < kVecs; ++v, to += kLanes) {
+      const __m512i even = (__m512i)widen(w + v * kLanes), odd = (__m512i)widen(w + stride + v * kLanes);
+      const __m512i high = _mm512_and_si512(odd, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000)));
+      _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), high));
+    }
+  }
+}
+
+// A byte is a pair already; `least` is what a nibble of 0 stands for.
+template <int kVecs>
+inline void number_pairs(uint32_t* to, const uint8_t* w, int64_t stride, int64_t count, int32_t least, Ahead ahead) {
+  alignas(64) uint16_t table[32];
+  for (int i = 0; i < 32; ++i) {  // the index has five bits, of which a nibble has four
+    const float number = static_cast<float>(i % 16 + least);
+    table[i] = static_cast<uint16_t>(read<uint32_t>(&number) >> 16);
+  }
+  const __m512i numbers = _mm512_load_si512(table);
+  for (int64_t d = 0; d < count; ++d, w += stride) {
+    for (int turn = 0; turn < kTurns; ++turn) ahead.turn();
+    for (int v = 0; v < kVecs; ++v, to += kLanes) {
+      const __m512i byte = (__m512i)bytes(w + v * kLanes);
+      const __m512i nibbles = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
+      _mm512_store_si512(to, _mm512_permutexvar_epi16(nibbles, numbers));
+    }
+  }
+}
+
+// y[kRows, kVecs vectors] += (x[kRows, 2 * depth] @ pairs[depth, kVecs vectors]) * scale + sums[kRows] * shift
+// On its own: what surrounds it would take registers from the sums.
+template <int kRows, int kVecs>
+__attribute__((noinline)) void number_tile(const uint16_t* x, int64_t x_stride, const uint32_t* pairs, int64_t depth,
+                                           const Factors<kVecs>& factors, const float* sums, int64_t sums_stride,
+                                           float* y, int64_t y_stride, Ahead& ahead) {
+  Vec sum[kRows][kVecs];
+  clear(sum);
+  for (int64_t d = 0; d < depth; ++d, pairs += kVecs * kLanes) {
+    __m512i weights[kVecs];
+    for (int v = 0; v < kVecs; ++v) weights[v] = _mm512_load_si512(pairs + v * kLanes);
+    for (int turn = 0; turn < kTurns; ++turn) ahead.turn();
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i value = _mm512_set1_epi32(read<int32_t>(x + r * x_stride + 2 * d));
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = add_pairs(sum[r][v], value, weights[v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = y + r * y_stride + v * kLanes;
+      Vec value = sum[r][v];
+      if (factors.scaled) value *= factors.scale[v];
+      if (factors.offset) value += sums[r * sums_stride] * factors.shift[v];
+      write(to, read<Vec>(to) + value);
+    }
+}
+
+// kVecs vectors of columns from c on, some groups of rows at a time, or parts of kDeep of one: numbers become pairs once
+// for all rows of x. What follows is fetched meanwhile: by whichever of the two takes long.
+template <int kVecs, typename W>
+inline void number_columns(const Matmul& m, const Packed<W>& w, int64_t c) {
+  constexpr int kMost = 24 / kVecs;
+  constexpr int64_t kDeep = 96, kPairs = 576;
+  alignas(64) static thread_local uint32_t pairs[kPairs * kVecs * kLanes];
+  const int64_t tiles = (m.tokens + kMost - 1) / kMost, most = tiles == 1 ? kDeep : kPairs;
+  const int64_t step = sizeof(W) * w.stride * w.kPairRows / kTurns, group = m.group / 2;
+  for (int64_t r = 0; r < m.tokens; ++r) std::fill_n(m.y + r * m.n + c, kVecs * kLanes, 0.0f);
+  for (int64_t first = 0, stop; first < m.k / 2; first = stop) {
+    const int64_t end = (first / group + 1) * group;
+    stop = group <= most ? std::min(m.k / 2, first + most / group * group) : std::min(first + most, end);
+    const W* from = w.w + place(m.in_panels, w.rows, m.n, first * w.kPairRows, c);
+    const char* next = reinterpret_cast<const char*>(from + (stop - first) * w.kPairRows * w.stride);
+    number_pairs<kVecs>(pairs, from, w.stride, stop - first, m.offsets == nullptr ? -8 : 0, {next, tiles == 1 ? step : 0});
+    Ahead ahead{next, tiles == 1 ? 0 : step / tiles};
+    in_heights<kMost>(m.tokens, [&](auto height, int64_t r) {
+      for (int64_t at = first, depth; at < stop; at += depth) {
+        const int64_t g = at / group, inside = at % group;
+        depth = std::min(kDeep, group - inside);
+        const float* sums = m.sums == nullptr ? nullptr : m.sums + r * w.groups + g;
+        number_tile<height, kVecs>(m.halves + r * m.k + 2 * at, m.k, pairs + (at - first) * kVecs * kLanes, depth,
+                                   w.template factors<kVecs>(g, c, inside == 0), sums, w.groups, m.y + r * m.n + c,
+                                   m.n, ahead);
+      }
+    });
+  }
+}
+
+template <typename W>
+void number_paired(const Matmul& m, int64_t begin, int64_t end) {
+  const Packed<W> w(m);
+  int64_t c = begin;
+  for (; c + kPanel <= end; c += kPanel) number_columns<4, W>(m, w, c);
+  for (; c < end; c += kWide) number_columns<2, W>(m, w, c);
+}
 #endif
 
 // y[kRows, kCols] = x[kRows, k] @ w[kCols, k] transposed
 template <int kRows, int kCols, typename X, typename W>
 inline void dots(const X* x, const W* w, int64_t k, float* y, int64_t y_stride, Ahead& ahead) {
   using Terms = Terms<X, W>;
-  Vec sum[kRows][kCols] = {};
+  Vec sum[kRows][kCols];
+  clear(sum);
   for (int64_t i = 0; i < k; i += Terms::kStep) {
     decltype(Terms::of_w(w)) weights[kCols];
     for (int c = 0; c < kCols; ++c) weights[c] = Terms::of_w(w + c * k + i);
@@ -395,8 +514,11 @@ void plain(const Matmul& m, int64_t begin, int64_t end) {
 
 void columns(const Matmul& m, int64_t begin, int64_t end) {
 #ifdef __AVX512BF16__
-  if (m.halves != nullptr)
-    return m.transposed ? transposed<uint16_t>(m, m.halves, begin, end) : paired(m, begin, end);
+  if (m.halves != nullptr) switch (m.type) {
+      case Type::kInt8: return number_paired<int8_t>(m, begin, end);
+      case Type::kInt4: return number_paired<uint8_t>(m, begin, end);
+      default: return m.transposed ? transposed<uint16_t>(m, m.halves, begin, end) : paired(m, begin, end);
+    }
 #endif
   switch (m.type) {
     case Type::kFloat32: return plain<float>(m, begin, end);

@@ -110,8 +110,8 @@ static float widened(uint16_t bfloat16) {
 }
 
 // `read(i)` of k numbers; with a group, of each group 0, group / 2, 1, group / 2 + 1, ...
-template <typename Read>
-static void arranged(float* out, int64_t k, int64_t group, Read read) {
+template <typename T, typename Read>
+static void arranged(T* out, int64_t k, int64_t group, Read read) {
   if (group == 0)
     for (int64_t i = 0; i < k; ++i) out[i] = read(i);
   else
@@ -122,24 +122,42 @@ static void arranged(float* out, int64_t k, int64_t group, Read read) {
       }
 }
 
-// x [tokens, k] in float32: as it is, or widened into `to`, rows by threads. Of int4 weights (group not 0) with its
-// columns in the order of their bytes; see Matmul.
-static const float* prepared(ffi::ThreadPool& pool, std::unique_ptr<float[]>& to, const ffi::AnyBuffer& from,
-                             int64_t group) {
-  const bool wide = from.element_type() == ffi::DataType::F32;
+// What a call keeps of x while it runs.
+struct Copies {
+  std::unique_ptr<float[]> floats, sums;
+  std::unique_ptr<uint16_t[]> halves;
+};
+
+// Sets x: as it is where it can be; else copied, rows by threads, in float32 or, for products by pairs, in bfloat16 with
+// the sums of its groups. Of int4 weights its columns get the order of their bytes; see Matmul.
+static void prepare(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::AnyBuffer& from, Matmul& m, Copies& copies) {
+  const bool wide = from.element_type() == ffi::DataType::F32, packed = m.type == Type::kInt8 || m.type == Type::kInt4;
+  const bool paired = kernels.halves && !wide && (packed ? m.group % 2 == 0 && !m.transposed : m.type == Type::kBFloat16);
+  const bool summed = paired && packed && m.offsets != nullptr;
+  const int64_t group = m.type == Type::kInt4 ? m.group : 0, groups = packed ? m.k / m.group : 0;
   const auto* floats = static_cast<const float*>(from.untyped_data());
-  if (wide && group == 0) return floats;
   const auto* halves = static_cast<const uint16_t*>(from.untyped_data());
-  const int64_t tokens = from.dimensions()[0], k = from.dimensions()[1], rows = std::max<int64_t>(1, kCopied / k);
-  to.reset(new float[tokens * k]);
-  run_all(pool, (tokens + rows - 1) / rows, [&](int64_t task) {
-    for (int64_t t = task * rows; t < std::min(tokens, (task + 1) * rows); ++t) {
-      float* out = to.get() + t * k;
-      if (wide) arranged(out, k, group, [row = floats + t * k](int64_t i) { return row[i]; });
-      else arranged(out, k, group, [row = halves + t * k](int64_t i) { return widened(row[i]); });
+  if (paired) m.halves = halves;
+  else if (wide) m.x = floats;
+  if ((paired || wide) && group == 0 && !summed) return;
+  const int64_t rows = std::max<int64_t>(1, kCopied / m.k);
+  if (!paired) m.x = (copies.floats.reset(new float[m.tokens * m.k]), copies.floats.get());
+  else if (group) m.halves = (copies.halves.reset(new uint16_t[m.tokens * m.k]), copies.halves.get());
+  if (summed) m.sums = (copies.sums.reset(new float[m.tokens * groups]), copies.sums.get());
+  run_all(pool, (m.tokens + rows - 1) / rows, [&](int64_t task) {
+    for (int64_t t = task * rows; t < std::min(m.tokens, (task + 1) * rows); ++t) {
+      const auto *row = halves + t * m.k;
+      const auto half = [row](int64_t i) { return row[i]; };
+      if (wide) arranged(copies.floats.get() + t * m.k, m.k, group, [from = floats + t * m.k](int64_t i) { return from[i]; });
+      else if (!paired) arranged(copies.floats.get() + t * m.k, m.k, group, [row](int64_t i) { return widened(row[i]); });
+      else if (group) arranged(copies.halves.get() + t * m.k, m.k, group, half);
+      for (int64_t g = 0; summed && g < groups; ++g) {
+        float sum = 0;
+        for (int64_t i = g * m.group; i < (g + 1) * m.group; ++i) sum += widened(row[i]);
+        copies.sums[t * groups + g] = sum;
+      }
     }
   });
-  return to.get();
 }
 
 constexpr int64_t kTaskTokens = 192;  // rows of x of a task: they stay in L2 while all its columns of w pass
@@ -163,6 +181,7 @@ static ffi::Error by_columns(ffi::ThreadPool& pool, const Kernels& kernels, cons
     else task.y += t * m.n;
     if (m.halves != nullptr) task.halves += t * m.k;
     else task.x += t * m.k;
+    if (m.sums != nullptr) task.sums += t * (m.k / m.group);
     kernels.columns(task, c, std::min(c + width, m.n));
   });
   return ffi::Error::Success();
@@ -187,11 +206,10 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   Matmul m = matmul_of(x, w, y, in_panels);
   m.transposed = transposed;
   m.type = type_of(w);
-  std::unique_ptr<float[]> copy;
-  if (kernels->halves && m.type == Type::kBFloat16 && type_of(x) == Type::kBFloat16)
-    m.halves = static_cast<const uint16_t*>(x.untyped_data());
-  else m.x = prepared(pool, copy, x, 0);
-  if (m.narrow_y != nullptr && (m.halves == nullptr || transposed))
+  m.group = m.k;
+  Copies copies;
+  prepare(pool, *kernels, x, m, copies);
+  if (m.narrow_y != nullptr && (m.halves == nullptr || transposed || m.type != Type::kBFloat16))
     return ffi::Error::InvalidArgument("results in bfloat16 are for bfloat16 products");
   return by_columns(pool, *kernels, m, w);
 }
@@ -207,8 +225,8 @@ static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
   m.offsets = offsets.element_count() ? offsets.untyped_data() : nullptr;
   m.scales_type = type_of(scales);
   m.group = m.k / scales.dimensions()[in_panels ? 1 : 0];
-  std::unique_ptr<float[]> copy;
-  m.x = prepared(pool, copy, x, m.type == Type::kInt4 ? m.group : 0);
+  Copies copies;
+  prepare(pool, *kernels, x, m, copies);
   return by_columns(pool, *kernels, m, values);
 }
 

@@ -114,6 +114,17 @@ inline __m512 reduced(const Vec* v, Combine combine) {
 }
 #endif
 
+// Sums to 0, each on its own: as one array they would be kept in memory.
+template <int kRows, int kCols>
+inline void clear(Vec (&sum)[kRows][kCols]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kCols; ++c) sum[r][c] = Vec{};
+}
+template <int kRows, int kCols, int kVecs>
+inline void clear(Vec (&sum)[kRows][kCols][kVecs]) {
+  for (int r = 0; r < kRows; ++r) clear(sum[r]);
+}
+
 // The totals of kCount vectors; of kTotals at once as quickly as of a few.
 #if defined(__AVX512F__)
 constexpr int kTotals = 16;

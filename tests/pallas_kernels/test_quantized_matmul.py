@@ -151,6 +151,7 @@ def test_the_check_notices(implementation: str, spoil: Any) -> None:
 
 
 ROWS = (1, 2, 3, 4, 5, 33)  # each way in which a weight is read
+BFLOAT16_ROWS = (*ROWS, 6, 7, 16, 200)  # tiles of pairs of rows of w, one task and two
 PACKINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "int4": (192, 96, {"format": "int4", "group": 32}),
     "int4, offsets": (576, 160, {"format": "int4", "group": 64, "symmetric": False}),
@@ -160,6 +161,9 @@ PACKINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "int8": (544, 96, {"format": "int8", "group": 32}),
     "int8, offsets": (288, 224, {"format": "int8", "group": 9, "symmetric": False}),
     "int8, one group": (96, 64, {"format": "int8", "symmetric": False}),
+}
+SCALED_SUMS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "int8, a scale a column": (1248, 64, {"format": "int8"})  # in parts, of which the last is short
 }
 
 
@@ -193,6 +197,26 @@ def test_native_is_the_product_of_the_dequantized_weights_to_the_bit(kind: str) 
     for rows in ROWS:
         found = np.asarray(call(x[:rows], w))
         assert np.array_equal(found[0], wanted[0]) and np.isnan(found[1:]).all(), rows
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [*PACKINGS, *SCALED_SUMS])
+def test_native_in_bfloat16_is_the_product_of_the_dequantized_weights(kind: str) -> None:
+    """To the result's own rounding, and a row has its bits in every bucket, in panels or not, beside rows of NaN."""
+    k, n, how = (PACKINGS | SCALED_SUMS)[kind]
+    rng = np.random.default_rng(k + n)
+    w = quantize(rng.standard_normal((k, n)).astype(np.float32), **how)
+    x = rng.standard_normal((max(BFLOAT16_ROWS), k)).astype(jnp.bfloat16)
+    wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+    call = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
+    whole = np.asarray(call(x, w), np.float64)
+    assert np.linalg.norm(whole - wanted) / np.linalg.norm(wanted) < 2**-9
+    x[1:] = np.nan
+    width = native.panel_of(w, TARGETS["native"])
+    for weight in (w, native.cut(w, width)) if width else (w,):
+        for rows in BFLOAT16_ROWS:
+            found = np.asarray(call(x[:rows], weight), np.float64)
+            assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
 
 
 def test_blocks_of_columns_overlap_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
