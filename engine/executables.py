@@ -306,9 +306,15 @@ def compile_packed(program: Program, cache: ProgramCache) -> bytes:
     return data
 
 
+# A CPU's compiler leaves out roundings to bfloat16 where it fuses what is before and behind them, which differs from
+# program to program: a token's bits would depend on what it is batched with.
+_OPTIONS = {"cpu": {"xla_allow_excess_precision": False}}
+
+
 def _compiled(program: Program) -> Executable:
     try:
-        return Executable(program, program.lower().compile())
+        options = _OPTIONS.get(jax.default_backend())
+        return Executable(program, program.lower().compile(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "exceeds available" in str(error):
             raise CapacityError(
