@@ -17,6 +17,7 @@ from jax import Array
 from engine.attend import DecodeRows, PrefillRows
 from engine.forward import KV, Compute, chunk_rows, forward, logits_of, nobody, roomy_tables
 from engine.model.layers import Params
+from engine.sampler import best
 from engine.slots import Slots, drafted_of, history_of
 
 PREFIX = "draft."  # of its parameters' names
@@ -111,7 +112,7 @@ def _tokens(slots: Slots, slot: Array, start: Array, count: int) -> Array:
 
 def _likeliest(draft: Compute, params: Params, hidden: Array) -> Array:
     """int32 [rows]."""
-    return jnp.argmax(logits_of(draft, params, hidden), axis=-1).astype(jnp.int32)
+    return best(logits_of(draft, params, hidden))
 
 
 def _draft_of(compute: Compute) -> Compute:

@@ -73,9 +73,8 @@ def gated_mlp(x: Array, weights: Params, activation: str, block: int, place: Pla
     gate_up = linear(x, weights["gate_up"], place.target)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
-    out = place.sum(
-        linear(gated(gate_up, activation, block, target=place.target), weights["down"], place.target), "mlp"
-    )
+    hidden = gated(gate_up, activation, block, target=place.target)
+    out = place.sum(linear(hidden, weights["down"], place.target), "mlp")
     return out + weights["down_bias"][None] if "down_bias" in weights else out
 
 

@@ -340,7 +340,7 @@ inline void pair_weigh(const uint16_t* weights, const Block<uint16_t>& block, in
   }
 }
 
-// As `fold` below, of bfloat16 queries and pages: by pairs, weights rounded to bfloat16.
+// As `fold`, of bfloat16 queries and pages: by pairs, weights rounded to bfloat16.
 inline void fold_pairs(const Attention& a, const Queries& t, const Block<uint16_t>& block, float* scratch,
                        const State& s, Next& next) {
   const int64_t rows = t.count * t.num_heads;

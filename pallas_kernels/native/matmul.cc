@@ -109,11 +109,10 @@ struct Packed {
   template <int kVecs>
   Reader<kVecs> at(int64_t g, int64_t row, int64_t c) const {
     Reader<kVecs> reader{w + place(in_panels, rows, n, row, c), stride, {}, {}};
-    const int64_t first = place(in_panels, groups, n, g, c);
+    const Factors<kVecs> found = factors<kVecs>(g, c, true);
     for (int v = 0; v < kVecs; ++v) {
-      reader.scale[v] = factor(scales, first + v * kLanes);
-      if (offsets != nullptr) reader.offset[v] = factor(offsets, first + v * kLanes);
-      else reader.offset[v] = kRows == 2 ? reader.scale[v] * -8.0f : Vec{};
+      reader.scale[v] = found.scale[v];
+      reader.offset[v] = found.offset || kRows == 1 ? found.shift[v] : found.scale[v] * -8.0f;
     }
     return reader;
   }

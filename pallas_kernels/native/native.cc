@@ -139,23 +139,35 @@ static void prepare(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::An
   const auto* halves = static_cast<const uint16_t*>(from.untyped_data());
   if (paired) m.halves = halves;
   else if (wide) m.x = floats;
-  if ((paired || wide) && group == 0 && !summed) return;
+  const bool copied = group != 0 || !(paired || wide);
+  if (!copied && !summed) return;
+  if (copied && paired) {
+    copies.halves.reset(new uint16_t[m.tokens * m.k]);
+    m.halves = copies.halves.get();
+  } else if (copied) {
+    copies.floats.reset(new float[m.tokens * m.k]);
+    m.x = copies.floats.get();
+  }
+  if (summed) {
+    copies.sums.reset(new float[m.tokens * groups]);
+    m.sums = copies.sums.get();
+  }
+  const auto copy = [&](int64_t t) {
+    const int64_t first = t * m.k;
+    if (paired) arranged(copies.halves.get() + first, m.k, group, [&](int64_t i) { return halves[first + i]; });
+    else if (wide) arranged(copies.floats.get() + first, m.k, group, [&](int64_t i) { return floats[first + i]; });
+    else arranged(copies.floats.get() + first, m.k, group, [&](int64_t i) { return widened(halves[first + i]); });
+  };
+  const auto sum = [&](int64_t t, int64_t g) {
+    float total = 0;
+    for (int64_t i = g * m.group; i < (g + 1) * m.group; ++i) total += widened(halves[t * m.k + i]);
+    copies.sums[t * groups + g] = total;
+  };
   const int64_t rows = std::max<int64_t>(1, kCopied / m.k);
-  if (!paired) m.x = (copies.floats.reset(new float[m.tokens * m.k]), copies.floats.get());
-  else if (group) m.halves = (copies.halves.reset(new uint16_t[m.tokens * m.k]), copies.halves.get());
-  if (summed) m.sums = (copies.sums.reset(new float[m.tokens * groups]), copies.sums.get());
   run_all(pool, (m.tokens + rows - 1) / rows, [&](int64_t task) {
     for (int64_t t = task * rows; t < std::min(m.tokens, (task + 1) * rows); ++t) {
-      const auto *row = halves + t * m.k;
-      const auto half = [row](int64_t i) { return row[i]; };
-      if (wide) arranged(copies.floats.get() + t * m.k, m.k, group, [from = floats + t * m.k](int64_t i) { return from[i]; });
-      else if (!paired) arranged(copies.floats.get() + t * m.k, m.k, group, [row](int64_t i) { return widened(row[i]); });
-      else if (group) arranged(copies.halves.get() + t * m.k, m.k, group, half);
-      for (int64_t g = 0; summed && g < groups; ++g) {
-        float sum = 0;
-        for (int64_t i = g * m.group; i < (g + 1) * m.group; ++i) sum += widened(row[i]);
-        copies.sums[t * groups + g] = sum;
-      }
+      if (copied) copy(t);
+      for (int64_t g = 0; summed && g < groups; ++g) sum(t, g);
     }
   });
 }
