@@ -38,7 +38,7 @@ def draw(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length: A
 
     logits: float32 [rows, vocab]; slot, length: int32 [rows]; sampling: the rows' parameters.
     """
-    faulty = ~(jnp.max(jnp.abs(logits), axis=-1) < jnp.inf)
+    faulty = ~jnp.all(jnp.isfinite(logits), axis=-1)
     processed = process(logits, slots, slot, sampling, length)
     greedy = best(processed)
     token = jax.lax.cond(
