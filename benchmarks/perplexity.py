@@ -41,6 +41,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights int8": {"quantization": "int8"},
     "weights fp8": {"quantization": "fp8"},
     "weights int4": {"quantization": "int4"},
+    "w8a8": {"quantization": "w8a8"},
+    "w8a8_32": {"quantization": "w8a8_32"},
+    "w4a8_32": {"quantization": "w4a8_32"},
     "weights stored": {"quantization": "stored"},  # the default model's are Q4_1
     "KV int8": {"kv_cache_dtype": "int8"},
     "KV fp8 e4m3": {"kv_cache_dtype": "fp8_e4m3"},

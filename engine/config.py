@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from engine.errors import InvalidParam
 from engine.model.config import ModelConfig
-from engine.model.packing import Packings
+from engine.model.packing import Packings, Quantization
 from pallas_kernels.target import KVDtype, Target
 from sharding.shards import WHOLE, Shards
 
@@ -50,11 +50,12 @@ class EngineOptions:
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"] = option(
         "auto", "of the KV cache; auto is the dtype of the weights, fp8 is fp8_e4m3"
     )
-    quantization: Literal["auto", "stored", "none", "int8", "int4", "fp8"] = option(
+    quantization: Literal["auto", "stored", "none", Quantization] = option(
         "auto",
-        "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows; stored "
-        "keeps what the checkpoint has packed, none makes it float, auto is stored on a TPU or GPU, and on a CPU for "
-        "4-bit matrices that compiled kernels multiply by",
+        "pack the weights while loading: int8 or fp8 with a scale a column, int4 with one a group of rows; w8a8 is "
+        "int8 that meets activations in int8, a scale a token, w8a8_32 and w4a8_32 are int8 and int4 that meet them "
+        "with a scale for every 32 numbers, for CPUs; stored keeps what the checkpoint has packed, none makes it "
+        "float, auto is stored on a TPU or GPU, and on a CPU for 4-bit matrices that compiled kernels multiply by",
     )
     sharding: str = option("single", "how the model is cut over the devices: a name in configs/sharding or a YAML file")
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
@@ -133,7 +134,7 @@ class EngineConfig:
     max_num_batched_tokens: int
     max_prefill_rows: int  # prompts (or chunks) that one prefill step may hold
     kv_cache_dtype: KVDtype
-    quantization: Literal["int8", "int4", "fp8"] | None  # what weights are packed into while loading
+    quantization: Quantization | None  # what weights are packed into while loading
     target: Target  # what the programs are compiled for
     page_size: int  # of a whole page, where its tokens are spread over devices
     num_pages: int  # page 0 is the trash page: written by idle rows, read by none

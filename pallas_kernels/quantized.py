@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2"]
-Activations = Literal["float", "dynamic"]
+Activations = Literal["float", "dynamic", "dynamic_32"]
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}  # of a stored 8-bit number
 FORMATS = ("int4", *LARGEST)
+BLOCK = 32  # numbers of a row that share a scale with dynamic_32
 _BLOCK = 1 << 20  # elements of a weight that are float32 at one time
 
 
@@ -37,7 +38,9 @@ class Quantized:
     """[..., K, N] in `format`. A pytree of its arrays; format and activations are static.
 
     activations: "float" multiplies x as it is with the dequantized weight; "dynamic" quantizes each
-    row of x to the weight's 8-bit format first, scale from the row's largest magnitude.
+    row of x to the weight's 8-bit format first, scale from the row's largest magnitude; "dynamic_32"
+    quantizes to int8 with a scale for every 32 numbers of a row, as ggml does with its types and
+    OpenVINO by default, and is for int4 and int8 weights of any kind.
     """
 
     values: Array  # int8 or float8 [..., K, N]; int4: uint8 [..., K / 2, N]
@@ -136,6 +139,8 @@ def check_packed(w: Quantized) -> None:
         raise ValueError(f"offsets {w.offsets.shape} must be like scales {w.scales.shape}")
     if w.activations == "dynamic" and (w.format == "int4" or w.offsets is not None):
         raise ValueError(f"dynamic activations need a symmetric 8-bit weight, not {w.format}")
+    if w.activations == "dynamic_32":
+        _check_blocks(w.format, rows)
 
 
 def dequantize(weight: Quantized, dtype: DTypeLike = jnp.float32) -> Array:
@@ -203,12 +208,21 @@ def _check(format: str, rows: int, group: int, symmetric: bool, activations: str
         raise ValueError(f"int4 packs two rows of a group in a byte, so group {group} must be even")
     if not symmetric and format not in ("int4", "int8"):
         raise ValueError(f"offsets are for int4 and int8, not {format}")
-    if activations not in ("float", "dynamic"):
-        raise ValueError(f"activations {activations!r} is neither 'float' nor 'dynamic'")
+    if activations not in get_args(Activations):
+        raise ValueError(f"activations {activations!r} is none of {', '.join(get_args(Activations))}")
+    if activations == "dynamic_32":
+        _check_blocks(format, rows)
     if activations == "dynamic" and format == "int4":
         raise ValueError("dynamic activations take the weight's 8-bit format; int4 has none")
     if scale_dtype.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"scales in {scale_dtype.name}; float32, bfloat16 and float16 are supported")
+
+
+def _check_blocks(format: str, rows: int) -> None:
+    if format not in ("int4", "int8"):
+        raise ValueError(f"dynamic_32 activations are int8, for int4 and int8 weights, not {format}")
+    if rows % BLOCK:
+        raise ValueError(f"K {rows} is not a multiple of the {BLOCK} activations that share a scale")
 
 
 def _column_blocks(rows: int, columns: int) -> Iterator[slice]:

@@ -246,8 +246,9 @@ class _Counter:
 
     def _operands(self, weight: Any) -> str:
         """The dtype that the product runs in: packed weights are widened, unless activations are packed too."""
-        dynamic = isinstance(weight, Quantized) and weight.activations == "dynamic"
-        return weight.format if dynamic else self.config.dtype
+        if not isinstance(weight, Quantized) or weight.activations == "float":
+            return self.config.dtype
+        return weight.format if weight.activations == "dynamic" else "int8"
 
     def _experts(self, weight: Any) -> Count:
         """Matrices [experts here, rows, columns], or vectors, of experts."""

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from pallas_kernels.quantized import Activations, WeightFormat
 
 
+# What `--quantization` can make of weights while they are loaded; the numbers are `quantization.FORMATS`.
+Quantization = Literal["int8", "int4", "fp8", "w8a8", "w8a8_32", "w4a8_32"]
+
+
 @dataclass(frozen=True)
 class Packing:
     """The kind of a `Quantized`. group: rows that share a scale; None: all of them, one scale a column."""
@@ -22,7 +26,7 @@ class Packing:
     def __str__(self) -> str:
         grouped = "a scale a column" if self.group is None else f"groups of {self.group}"
         offsets = "" if self.symmetric else ", offsets"
-        dynamic = ", dynamic activations" if self.activations == "dynamic" else ""
+        dynamic = "" if self.activations == "float" else f", {self.activations} activations"
         return f"{self.format} in {grouped}{offsets}, {self.scale_dtype} scales{dynamic}"
 
 

@@ -7,23 +7,29 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from engine.errors import ModelError
-from engine.model.packing import Packing
+from engine.model.packing import Packing, Quantization
 from engine.model.params import LANES
 from pallas_kernels.matmul import cpu as matmul_cpu
 from pallas_kernels.panels import in_panels
-from pallas_kernels.quantized import Quantized, WeightFormat, quantize, quantized_shape
+from pallas_kernels.quantized import BLOCK, Activations, Quantized, WeightFormat, quantize, quantized_shape
 from pallas_kernels.quantized_matmul import cpu as quantized_matmul_cpu
 from pallas_kernels.target import Target
 from sharding.params import ParamSpec
 
-Quantization = Literal["int8", "int4", "fp8"]
-FORMATS: dict[Quantization, WeightFormat] = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+FORMATS: dict[Quantization, tuple[WeightFormat, Activations]] = {
+    "int8": ("int8", "float"),
+    "int4": ("int4", "float"),
+    "fp8": ("float8_e4m3fn", "float"),
+    "w8a8": ("int8", "dynamic"),
+    "w8a8_32": ("int8", "dynamic_32"),
+    "w4a8_32": ("int4", "dynamic_32"),
+}
 # Rows that share a scale and an offset: 5 bits a weight in all. Rounding to nearest needs groups this
 # small, and what ggml packed as Q4_1 comes through as it was (`benchmarks.perplexity` has the figures).
 INT4_GROUP = 32
@@ -33,12 +39,13 @@ def packing_of(spec: ParamSpec, quantization: Quantization | None) -> Packing | 
     """What `--quantization` makes of `spec`; None: it stays as it is."""
     if quantization is None or not spec.packable:
         return None
-    if quantization != "int4":
-        return Packing(FORMATS[quantization])
+    format, activations = FORMATS[quantization]
     rows = spec.device_shape[-2]
-    if rows % INT4_GROUP:
-        raise ModelError(f"quantization int4: a weight of {rows} rows does not divide into groups of {INT4_GROUP}")
-    return Packing("int4", INT4_GROUP, symmetric=False, scale_dtype="bfloat16")
+    if (format == "int4" and rows % INT4_GROUP) or (activations == "dynamic_32" and rows % BLOCK):
+        raise ModelError(f"quantization {quantization}: a weight of {rows} rows does not divide into groups of 32")
+    if format == "int4":
+        return Packing("int4", INT4_GROUP, symmetric=False, activations=activations, scale_dtype="bfloat16")
+    return Packing(format, activations=activations)
 
 
 def packed_shape(spec: ParamSpec, packing: Packing | None, laid_for: Target | None = None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from engine.errors import InvalidParam, ModelError
 from engine.json_file import read_json, read_json_array
+from engine.model.packing import Quantization
 from pallas_kernels.target import Target
 
 PoolingKind = Literal["cls", "mean", "last"]
@@ -64,7 +65,7 @@ class PoolingConfig:
     max_num_batched_tokens: int  # a step; a longer text has a step of its own
     length_buckets: tuple[int, ...]  # tokens of a step's longest text, ascending
     token_buckets: tuple[int, ...]  # tokens a step, ascending
-    quantization: Literal["int8", "int4", "fp8"] | None
+    quantization: Quantization | None
     target: Target
     overlap: bool
     max_queued_requests: int  # texts

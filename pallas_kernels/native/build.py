@@ -17,9 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-LANES = {"avx2": 8, "avx512": 16, "avx512bf16": 16, "vector": 4}
+LANES = {"avx2": 8, "avx512": 16, "avx512vnni": 16, "avx512bf16": 16, "vector": 4}
 _AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
-FLAGS = {"avx2": ["-march=x86-64-v3"], "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16"], "vector": []}
+_VNNI = [*_AVX512, "-mavx512vnni"]
+FLAGS = {
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": _AVX512,
+    "avx512vnni": _VNNI,
+    "avx512bf16": [*_VNNI, "-mavx512bf16"],
+    "vector": [],
+}
 
 
 class NotBuilt(RuntimeError):
@@ -37,11 +44,11 @@ def build(target: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotBuilt("no C++ compiler found (c++, g++ or clang++; or name one in CXX)")
-    isas = ["avx2", "avx512", "avx512bf16"] if platform.machine() in ("x86_64", "AMD64") else ["vector"]
+    isas = ["avx2", "avx512", "avx512vnni", "avx512bf16"] if platform.machine() in ("x86_64", "AMD64") else ["vector"]
     sources = [("native.cc", [f"-isystem{SOURCE}"])]
     for isa in isas:
         flags = [*FLAGS[isa], f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
-        sources += [(source, flags) for source in ("kernels.cc", "matmul.cc", "attention.cc", "gate.cc")]
+        sources += [(source, flags) for source in ("kernels.cc", "matmul.cc", "bytes.cc", "attention.cc", "gate.cc")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(folder) / f"{i}.o" for i in range(len(sources))]
         done = [pool.submit(_compile, compiler, *source, to) for source, to in zip(sources, objects, strict=True)]

@@ -4,6 +4,8 @@
 namespace octavo::ISA {
 
 void columns(const Matmul&, int64_t begin, int64_t end);
+void rounded_columns(const Matmul&, int64_t begin, int64_t end);
+void round(const Rounded&, int64_t begin, int64_t end);
 void gate(const Gate&, int64_t begin, int64_t end);
 void attend(const Attention&, const Queries&, float* scratch);
 void attend_part(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
@@ -15,7 +17,15 @@ constexpr bool kHalves = true;
 constexpr bool kHalves = false;
 #endif
 
+#ifdef __AVX512VNNI__
+constexpr auto kRoundedColumns = rounded_columns;
+constexpr auto kRound = round;
+#else
+constexpr decltype(Kernels::rounded_columns) kRoundedColumns = nullptr;
+constexpr decltype(Kernels::round) kRound = nullptr;
+#endif
+
 extern const Kernels kernels;
-const Kernels kernels{NAME, 2 * LANES, kHalves, columns, gate, attend, attend_part, merge};
+const Kernels kernels{NAME, 2 * LANES, kHalves, columns, kRoundedColumns, kRound, gate, attend, attend_part, merge};
 
 }  // namespace octavo::ISA

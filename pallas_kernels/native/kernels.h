@@ -1,4 +1,4 @@
-// What one instruction set gives. matmul.cc and attention.cc are compiled once for each; native.cc chooses
+// What one instruction set gives: all sources but native.cc are compiled once for each, and that one chooses
 // while running. Everything is computed in float32 and in an order that a row's neighbours do not change.
 #pragma once
 #include <cstdint>
@@ -7,17 +7,31 @@ namespace octavo {
 
 enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
+constexpr int64_t kRoundedRows = 32;         // of k that are summed as integers, before a scale is applied
+constexpr int64_t kRoundedInt4Group = 2048;  // the largest of int4 that rounded rows are multiplied with
+
+// x [tokens, k] as int8 numbers, largest magnitude 127, and a scale for each `group` of a row.
+struct Rounded {
+  const void* x;
+  bool is_bfloat16;  // x; else float32
+  int64_t k, group;  // multiples of kRoundedRows
+  int8_t* numbers;   // [tokens, k]; null: x is not rounded
+  float* scales;     // [tokens, k / group]
+  int32_t* sums;     // [tokens, k / kRoundedRows] of numbers
+};
+
 // y[t, n] = sum over k of x[t, k] * w[k, n], in the order of k (by pairs with halves) for every t and n.
 // With scales, w[k, n] is number * scales[k / group, n] + offsets[k / group, n]. kInt4 keeps two rows a byte, so x has
 // its columns, and the sum its order, as the bytes have theirs: of each group rows 0, group / 2, 1, group / 2 + 1, ...
 // In panels, a matrix [rows, n] is [n / columns, rows, columns].
 struct Matmul {
-  const float* x;    // [tokens, k]; null with halves
+  const float* x;    // [tokens, k]; null with halves or rounded
   const uint16_t* halves;  // the same in bfloat16, where the instruction set multiplies it by these weights; or null
   const float* sums;       // [tokens, k / group] of x, with halves and offsets
+  Rounded rounded;         // the same as int8, for int8 and int4
   const void* w;   // [k, n], [k / 2, n] of kInt4, [n, k] when transposed
   float* y;        // [tokens, n]; null with narrow_y
-  uint16_t* narrow_y;  // the same in bfloat16, which goes with halves that are not transposed
+  uint16_t* narrow_y;  // the same in bfloat16, which goes with rounded and with halves that are not transposed
   int64_t tokens, k, n;
   Type type;
   bool transposed, in_panels;
@@ -75,6 +89,9 @@ struct Kernels {
   int64_t lanes;  // k, n are multiples of it, head_dim and value_dim of half of it
   bool halves;    // bfloat16 times bfloat16, int8 or int4, in even groups, takes x in bfloat16
   void (*columns)(const Matmul&, int64_t begin, int64_t end);  // of y, multiples of `lanes`
+  // Those of rounded numbers by int8 or int4, and the rounding of rows of x; null where it has no such products.
+  void (*rounded_columns)(const Matmul&, int64_t begin, int64_t end);
+  void (*round)(const Rounded&, int64_t begin, int64_t end);
   void (*gate)(const Gate&, int64_t begin, int64_t end);       // of blocks, whose size is a multiple of half of `lanes`
   // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.
   void (*attend)(const Attention&, const Queries&, float* scratch);

@@ -1,5 +1,6 @@
 // Products of a few rows with a matrix of weights, tile by tile.
 #include "kernels.h"
+#include "panels.h"
 #include "vectors.h"
 
 #include <algorithm>
@@ -8,20 +9,12 @@
 namespace octavo::ISA {
 namespace {
 
-constexpr int64_t kWide = 2 * kLanes;                // columns of a register tile
 constexpr int64_t kTileRows = LANES == 16 ? 12 : 6;  // its rows; tile, weights and one row's value fill the registers
 constexpr int64_t kDeep = 8;                         // stored rows of w that are streamed at once: few, since each
                                                      // may fall into the same set of the cache
 constexpr int64_t kPanelDeep = 32;                   // rows of w of a panel, where they are one behind the other
-constexpr int64_t kPanel = 4 * kLanes;               // columns of a panel
 constexpr int64_t kBlock = 2560 / kLanes;            // most rows of w that are widened at once: kWide columns of them
                                                      // stay in L1 beside a tile's rows of x
-constexpr int kTurns = 2;                            // fetches a step of a tile
-
-// Where column c of a row is: rows one behind the other, or in panels.
-inline int64_t place(bool in_panels, int64_t rows, int64_t n, int64_t row, int64_t c) {
-  return in_panels ? (c / kPanel * rows + row) * kPanel + c % kPanel : row * n + c;
-}
 
 // How w is stored. A stored row holds kRows rows of w, and `group` stored rows are alike: `at` gives a reader of kVecs
 // vectors from column c on of those that begin with `row` and are of group `g`; its `read` widens the d-th of them.
@@ -130,16 +123,6 @@ struct Packed {
   Vec factor(const void* from, int64_t i) const {
     if (bfloat16_scales) return widen(static_cast<const uint16_t*>(from) + i);
     return widen(static_cast<const float*>(from) + i);
-  }
-};
-
-// What is read next, fetched into L2 while something else is multiplied: `step` bytes a turn.
-struct Ahead {
-  const char* next;
-  int64_t step;
-  void turn() {
-    __builtin_prefetch(next, 0, 2);
-    next += step;
   }
 };
 
@@ -309,13 +292,8 @@ inline void pair_tile(const Matmul& m, int64_t row, const uint16_t* w, int64_t w
       const int64_t to = (row + r) * m.n + c + u * kWide;
       Vec low, high;
       in_order(sum[r][u], low, high);
-      if (m.narrow_y != nullptr) {
-        narrow(m.narrow_y + to, low);
-        narrow(m.narrow_y + to + kLanes, high);
-      } else {
-        write(m.y + to, low);
-        write(m.y + to + kLanes, high);
-      }
+      write_y(m, to, low);
+      write_y(m, to + kLanes, high);
     }
 }
 
@@ -373,12 +351,12 @@ inline void number_pairs(uint32_t* to, const uint8_t* w, int64_t stride, int64_t
   }
 }
 
-// y[kRows, kVecs vectors] += (x[kRows, 2 * depth] @ pairs[depth, kVecs vectors]) * scale + sums[kRows] * shift
+// y[kRows, kVecs vectors of a panel] += (x[kRows, 2 * depth] @ pairs[depth, kVecs vectors]) * scale + sums[kRows] * shift
 // On its own: what surrounds it would take registers from the sums.
 template <int kRows, int kVecs>
 __attribute__((noinline)) void number_tile(const uint16_t* x, int64_t x_stride, const uint32_t* pairs, int64_t depth,
                                            const Factors<kVecs>& factors, const float* sums, int64_t sums_stride,
-                                           float* y, int64_t y_stride, Ahead& ahead) {
+                                           float* y, Ahead& ahead) {
   Vec sum[kRows][kVecs];
   clear(sum);
   for (int64_t d = 0; d < depth; ++d, pairs += kVecs * kLanes) {
@@ -392,7 +370,7 @@ __attribute__((noinline)) void number_tile(const uint16_t* x, int64_t x_stride, 
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) {
-      float* to = y + r * y_stride + v * kLanes;
+      float* to = y + r * kPanel + v * kLanes;
       Vec value = sum[r][v];
       if (factors.scaled) value *= factors.scale[v];
       if (factors.offset) value += sums[r * sums_stride] * factors.shift[v];
@@ -409,7 +387,7 @@ inline void number_columns(const Matmul& m, const Packed<W>& w, int64_t c) {
   alignas(64) static thread_local uint32_t pairs[kPairs * kVecs * kLanes];
   const int64_t tiles = (m.tokens + kMost - 1) / kMost, most = tiles == 1 ? kDeep : kPairs;
   const int64_t step = sizeof(W) * w.stride * w.kPairRows / kTurns, group = m.group / 2;
-  for (int64_t r = 0; r < m.tokens; ++r) std::fill_n(m.y + r * m.n + c, kVecs * kLanes, 0.0f);
+  float* y = cleared_sums(m.tokens);
   for (int64_t first = 0, stop; first < m.k / 2; first = stop) {
     const int64_t end = (first / group + 1) * group;
     stop = group <= most ? std::min(m.k / 2, first + most / group * group) : std::min(first + most, end);
@@ -423,11 +401,13 @@ inline void number_columns(const Matmul& m, const Packed<W>& w, int64_t c) {
         depth = std::min(kDeep, group - inside);
         const float* sums = m.sums == nullptr ? nullptr : m.sums + r * w.groups + g;
         number_tile<height, kVecs>(m.halves + r * m.k + 2 * at, m.k, pairs + (at - first) * kVecs * kLanes, depth,
-                                   w.template factors<kVecs>(g, c, inside == 0), sums, w.groups, m.y + r * m.n + c,
-                                   m.n, ahead);
+                                   w.template factors<kVecs>(g, c, inside == 0), sums, w.groups, y + r * kPanel,
+                                   ahead);
       }
     });
   }
+  for (int64_t r = 0; r < m.tokens; ++r)
+    for (int v = 0; v < kVecs; ++v) write_y(m, r * m.n + c + v * kLanes, read<Vec>(y + r * kPanel + v * kLanes));
 }
 
 template <typename W>

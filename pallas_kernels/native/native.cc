@@ -23,6 +23,7 @@ namespace octavo {
 #ifdef __x86_64__
 OCTAVO_KERNELS(avx2)
 OCTAVO_KERNELS(avx512)
+OCTAVO_KERNELS(avx512vnni)
 OCTAVO_KERNELS(avx512bf16)
 #else
 OCTAVO_KERNELS(vector)
@@ -35,7 +36,9 @@ static const Kernels* found(const std::string& wanted) {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16::kernels);
+    const bool vnni = __builtin_cpu_supports("avx512vnni");
+    if (vnni && __builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16::kernels);
+    if (vnni) usable.push_back(&avx512vnni::kernels);
     usable.push_back(&avx512::kernels);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&avx2::kernels);
@@ -124,9 +127,27 @@ static void arranged(T* out, int64_t k, int64_t group, Read read) {
 
 // What a call keeps of x while it runs.
 struct Copies {
-  std::unique_ptr<float[]> floats, sums;
+  std::unique_ptr<float[]> floats, sums, scales;
   std::unique_ptr<uint16_t[]> halves;
+  std::unique_ptr<int8_t[]> numbers;
+  std::unique_ptr<int32_t[]> totals;
 };
+
+static int64_t rows_of_a_task(int64_t k) { return std::max<int64_t>(1, kCopied / k); }
+
+// Rounds x, with a scale for every `group` numbers of a row.
+static void round(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::AnyBuffer& from, int64_t group, Matmul& m,
+                  Copies& copies) {
+  copies.numbers.reset(new int8_t[m.tokens * m.k]);
+  copies.scales.reset(new float[m.tokens * (m.k / group)]);
+  copies.totals.reset(new int32_t[m.tokens * (m.k / kRoundedRows)]);
+  m.rounded = {from.untyped_data(), from.element_type() == ffi::DataType::BF16, m.k, group,
+               copies.numbers.get(), copies.scales.get(), copies.totals.get()};
+  const int64_t rows = rows_of_a_task(m.k);
+  run_all(pool, (m.tokens + rows - 1) / rows, [&](int64_t task) {
+    kernels.round(m.rounded, task * rows, std::min(m.tokens, (task + 1) * rows));
+  });
+}
 
 // Sets x: as it is where it can be; else copied, rows by threads, in float32 or, for products by pairs, in bfloat16 with
 // the sums of its groups. Of int4 weights its columns get the order of their bytes; see Matmul.
@@ -163,7 +184,7 @@ static void prepare(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::An
     for (int64_t i = g * m.group; i < (g + 1) * m.group; ++i) total += widened(halves[t * m.k + i]);
     copies.sums[t * groups + g] = total;
   };
-  const int64_t rows = std::max<int64_t>(1, kCopied / m.k);
+  const int64_t rows = rows_of_a_task(m.k);
   run_all(pool, (m.tokens + rows - 1) / rows, [&](int64_t task) {
     for (int64_t t = task * rows; t < std::min(m.tokens, (task + 1) * rows); ++t) {
       if (copied) copy(t);
@@ -192,9 +213,16 @@ static ffi::Error by_columns(ffi::ThreadPool& pool, const Kernels& kernels, cons
     if (m.narrow_y != nullptr) task.narrow_y += t * m.n;
     else task.y += t * m.n;
     if (m.halves != nullptr) task.halves += t * m.k;
-    else task.x += t * m.k;
+    else if (m.x != nullptr) task.x += t * m.k;
     if (m.sums != nullptr) task.sums += t * (m.k / m.group);
-    kernels.columns(task, c, std::min(c + width, m.n));
+    if (m.rounded.numbers != nullptr) {
+      task.rounded.numbers += t * m.k;
+      task.rounded.scales += t * (m.k / m.rounded.group);
+      task.rounded.sums += t * (m.k / kRoundedRows);
+      kernels.rounded_columns(task, c, std::min(c + width, m.n));
+    } else {
+      kernels.columns(task, c, std::min(c + width, m.n));
+    }
   });
   return ffi::Error::Success();
 }
@@ -228,7 +256,7 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
 
 static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
                                 ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y, std::string_view isa,
-                                bool in_panels) {
+                                bool in_panels, int64_t rounded) {
   const Kernels* kernels = found(std::string(isa));
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   Matmul m = matmul_of(x, values, y, in_panels);
@@ -238,7 +266,13 @@ static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
   m.scales_type = type_of(scales);
   m.group = m.k / scales.dimensions()[in_panels ? 1 : 0];
   Copies copies;
-  prepare(pool, *kernels, x, m, copies);
+  if (rounded == 0) prepare(pool, *kernels, x, m, copies);
+  else if (kernels->round == nullptr || m.k % rounded || rounded % kRoundedRows || m.group % kRoundedRows ||
+           (m.type == Type::kInt4 && m.group > kRoundedInt4Group))
+    return ffi::Error::InvalidArgument("no products of rounded rows in groups of " + std::to_string(m.group));
+  else round(pool, *kernels, x, rounded, m, copies);
+  if (m.narrow_y != nullptr && m.halves == nullptr && rounded == 0)
+    return ffi::Error::InvalidArgument("results in bfloat16 are for products by pairs and of rounded rows");
   return by_columns(pool, *kernels, m, values);
 }
 
@@ -414,7 +448,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_packed_matmul, octavo::packed_matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("isa")
-                                  .Attr<bool>("in_panels"));
+                                  .Attr<bool>("in_panels")
+                                  .Attr<int64_t>("rounded"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_gate, octavo::gate,
                               ffi::Ffi::Bind()

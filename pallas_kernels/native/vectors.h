@@ -115,10 +115,10 @@ inline __m512 reduced(const Vec* v, Combine combine) {
 #endif
 
 // Sums to 0, each on its own: as one array they would be kept in memory.
-template <int kRows, int kCols>
-inline void clear(Vec (&sum)[kRows][kCols]) {
+template <int kRows, int kCols, typename T>
+inline void clear(T (&sum)[kRows][kCols]) {
   for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kCols; ++c) sum[r][c] = Vec{};
+    for (int c = 0; c < kCols; ++c) sum[r][c] = T{};
 }
 template <int kRows, int kCols, int kVecs>
 inline void clear(Vec (&sum)[kRows][kCols][kVecs]) {

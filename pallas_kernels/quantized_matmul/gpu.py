@@ -64,6 +64,8 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
         return reason
     if spec.dtype != "bfloat16":
         return f"x is {spec.dtype}; bfloat16 is served"
+    if spec.activations == "dynamic_32":
+        return "activations with a scale for every 32"
     if spec.scale_dtype not in ("float32", "bfloat16"):
         return f"scales are {spec.scale_dtype}; float32 and bfloat16 are served"
     if spec.tokens > _MOST_TOKENS:

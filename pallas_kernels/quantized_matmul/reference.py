@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.products import product
-from pallas_kernels.quantized import LARGEST, Quantized, as_bits, dequantize
+from pallas_kernels.quantized import BLOCK, LARGEST, Quantized, as_bits, dequantize
 from pallas_kernels.quantized import numbers as packed_numbers
 from pallas_kernels.target import Target
 
@@ -24,7 +24,7 @@ _BLOCK = 1 << 24
 
 def run(x: Array, w: Quantized, *, target: Target) -> Array:
     """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype; see `api.quantized_matmul`."""
-    numbers, row_scales = quantize_rows(x, w.format) if w.activations == "dynamic" else (x, None)
+    numbers, row_scales = rounded(x, w)
     rows, columns = w.shape
     width = max(64, (_CPU_BLOCK if target.platform == "cpu" else _BLOCK) // rows // 64 * 64)
     dtype = _product_dtype(numbers, target)
@@ -42,11 +42,25 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     return lax.fori_loop(0, -(-columns // width), block, jnp.zeros((x.shape[0], columns), x.dtype))
 
 
+def rounded(x: Array, w: Quantized) -> tuple[Array, Array | None]:
+    """x as w's activations have it, and its rows' scales if they are left to the sums."""
+    if w.activations == "dynamic":
+        return quantize_rows(x, w.format)
+    if w.activations == "float":
+        return x, None
+    blocks, scales = quantize_rows(x.reshape(-1, BLOCK), "int8")
+    return (blocks.astype(jnp.float32) * scales).reshape(x.shape), None
+
+
 def quantize_rows(x: Array, format: str) -> tuple[Array, Array]:
     """x [tokens, K] as 8-bit numbers and their scales, float32 [tokens, 1]. A NaN makes its row's scale NaN."""
     wide = x.astype(jnp.float32)
     limit = LARGEST[format]
-    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=1, keepdims=True) / limit, jnp.finfo(jnp.float32).tiny)
+    # As integers: bits of magnitudes have their order, NaN's above all, and XLA's CPU backend drops NaN from a
+    # large array's highest numbers (seen with jaxlib 0.12.0.1).
+    highest = jnp.max(lax.bitcast_convert_type(jnp.abs(wide), jnp.int32), axis=1, keepdims=True)
+    magnitude = lax.bitcast_convert_type(highest, jnp.float32)
+    scales = jnp.maximum(magnitude / limit, jnp.finfo(jnp.float32).tiny)
     numbers = jnp.clip(wide / scales, -limit, limit)
     return (jnp.round(numbers) if format == "int8" else numbers).astype(format), scales
 

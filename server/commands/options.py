@@ -6,10 +6,11 @@ Imported to print help, so it stays light: no JAX, no server.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.config import option
 from engine.errors import InvalidParam
+from engine.model.packing import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,9 @@ class PlanOptions:
     goal: Literal["tpot", "throughput", "context"] = option(
         "tpot", "what --search ranks by: lowest TPOT, most tokens a second and chip, most tokens in the cache"
     )
-    try_quantization: tuple[str, ...] = option((), "quantization that --search tries too: none, int8, int4 or fp8")
+    try_quantization: tuple[str, ...] = option(
+        (), "quantization that --search tries too: none or one of --quantization's"
+    )
     best: int = option(2, "layouts that --search compiles")
     json: bool = option(False, "one JSON object")
     html: str | None = option(None, "file to write a page with charts to")
@@ -106,8 +109,8 @@ class PlanOptions:
         if self.effort not in ("quick", "served"):
             raise InvalidParam("effort", f"must be quick or served, got {self.effort!r}")
         for name in self.try_quantization:
-            if name not in ("none", "int8", "int4", "fp8"):
-                raise InvalidParam("try_quantization", f"must be none, int8, int4 or fp8, got {name!r}")
+            if name not in (known := ("none", *get_args(Quantization))):
+                raise InvalidParam("try_quantization", f"must be one of {', '.join(known)}, got {name!r}")
         for name in ("context", "price", "memory_gib", "best"):
             value = getattr(self, name)
             if value is not None and value <= 0:

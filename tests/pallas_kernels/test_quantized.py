@@ -179,6 +179,7 @@ def test_every_float8_is_decoded(dtype: Any) -> None:
         ({"format": "float8_e4m3fn", "symmetric": False}, "offsets are for int4 and int8, not float8"),
         ({"format": "int8", "activations": "static"}, "static"),
         ({"format": "int4", "group": 32, "activations": "dynamic"}, "8-bit"),
+        ({"format": "float8_e4m3fn", "activations": "dynamic_32"}, "for int4 and int8"),
         ({"format": "int8", "scale_dtype": np.float64}, "float64"),
     ],
 )

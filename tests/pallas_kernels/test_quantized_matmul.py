@@ -47,8 +47,10 @@ class Call:
 
     def expected(self) -> np.ndarray:
         x = self.x.astype(np.float64)
-        if self.case.activations == "dynamic":
-            x = rounded_rows(self.x, self.case.format)
+        if self.case.activations != "float":
+            block = 32 if self.case.activations == "dynamic_32" else self.case.k
+            format = "int8" if self.case.activations == "dynamic_32" else self.case.format
+            x = rounded_rows(self.x.reshape(-1, block), format).reshape(x.shape)
         return x @ np.asarray(dequantize(self.w), np.float64)
 
     def run(self, target: Target, w: Quantized | None = None) -> np.ndarray:
@@ -114,6 +116,7 @@ def params() -> list[Any]:
 def test_matches_float64(implementation: str, case: Case) -> None:
     call, target = filled(case), TARGETS[implementation]
     declined = {"gpu": declined_by_gpu, "native": declined_by_native}
+    declined |= dict.fromkeys(("tpu_v5e", "tpu_7x"), declined_by_tpu)
     if implementation in declined and (reason := declined[implementation](case)):
         with pytest.raises(KernelDeclined, match=reason):
             call.run(target)
@@ -122,16 +125,20 @@ def test_matches_float64(implementation: str, case: Case) -> None:
     assert not races_found()
 
 
+def declined_by_tpu(case: Case) -> str:
+    return "every 32" if case.activations == "dynamic_32" else ""
+
+
 def declined_by_gpu(case: Case) -> str:
+    if case.activations == "dynamic_32":
+        return "every 32"
     if case.dtype != "bfloat16":
         return case.dtype
     return "groups of 16" if case.group == 16 else ""
 
 
 def declined_by_native(case: Case) -> str:
-    if case.format.startswith("float8"):
-        return f"{case.format} weights"
-    return "dynamic activations" if case.activations == "dynamic" else ""
+    return f"{case.format} weights" if case.format.startswith("float8") else ""
 
 
 def swapped_nibbles(w: Quantized) -> Quantized:
@@ -219,6 +226,46 @@ def test_native_in_bfloat16_is_the_product_of_the_dequantized_weights(kind: str)
             assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
 
 
+ROUNDED: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "int8": (1248, 160, {"format": "int8"}),  # in parts, of which the last is short; half a panel
+    "int8, a scale a row": (320, 64, {"format": "int8", "activations": "dynamic"}),
+    "int8, groups, a scale a row": (192, 96, {"format": "int8", "group": 64, "activations": "dynamic"}),
+    "int8, offsets": (288, 224, {"format": "int8", "group": 96, "symmetric": False}),
+    "int8, small groups": (96, 64, {"format": "int8", "group": 16}),
+    "int4": (192, 96, {"format": "int4", "group": 32}),
+    "int4, offsets": (576, 1120, {"format": "int4", "group": 32, "symmetric": False, "scale_dtype": jnp.bfloat16}),
+    "int4, a group of odd parts": (288, 64, {"format": "int4", "group": 96, "symmetric": False}),
+    "int4, one group": (608, 32, {"format": "int4"}),
+    "int4, too large a group": (2560, 32, {"format": "int4"}),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_native_of_rounded_rows(kind: str, dtype: str) -> None:
+    """The product of what both sides are rounded to, in order to float32's precision; a row has its bits in every
+    bucket, in panels or not, beside rows of NaN."""
+    k, n, how = ROUNDED[kind]
+    kinds: dict[str, Any] = {"activations": "dynamic_32"} | how
+    rng = np.random.default_rng(k + n)
+    w = quantize(rng.standard_normal((k, n)).astype(np.float32), **kinds)
+    x = rng.standard_normal((max(BFLOAT16_ROWS), k)).astype(jnp.dtype(dtype))
+    x *= np.exp2(rng.integers(-3, 4, (1, k // 32))).repeat(32, axis=1).astype(x.dtype)
+    block = k if w.activations == "dynamic" else 32
+    rounded = rounded_rows(np.asarray(x, np.float32).reshape(-1, block), "int8").reshape(x.shape)
+    wanted = rounded @ np.asarray(dequantize(w), np.float64)
+    call = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
+    whole = np.asarray(call(x, w), np.float64)
+    assert np.linalg.norm(whole - wanted) / np.linalg.norm(wanted) < {"float32": 1e-6, "bfloat16": 2**-9}[dtype]
+    x[1:] = np.nan
+    width = native.panel_of(w, TARGETS["native"])
+    for weight in (w, native.cut(w, width)) if width else (w,):
+        for rows in BFLOAT16_ROWS:
+            found = np.asarray(call(x[:rows], weight), np.float64)
+            assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
+
+
 def test_blocks_of_columns_overlap_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_CPU_BLOCK", 1)  # 64 columns at a time, the last 64 of 200 overlap
     for kind in ("int8", "int4", "float8_e4m3fn"):
@@ -285,7 +332,8 @@ def test_computed_blocks_divide_and_fit(chip: str) -> None:
         ({"format": "float8_e5m2"}, "cpu", "cpu", "float8_e5m2 weights"),
         ({"dtype": "float16"}, "cpu", "cpu", "float16 times int8"),
         ({"scale_dtype": "float16"}, "cpu", "cpu", "float16 scales"),
-        ({"activations": "dynamic"}, "cpu", "cpu", "dynamic activations"),
+        ({"activations": "dynamic_32"}, "tpu", "v5e", "a scale for every 32"),
+        ({"activations": "dynamic_32"}, "gpu", "h100", "a scale for every 32"),
     ],
 )
 def test_declines_name_the_numbers(change: dict[str, Any], platform: Any, chip: str, reason: str) -> None:
