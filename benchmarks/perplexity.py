@@ -44,6 +44,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w8a8": {"quantization": "w8a8"},
     "w8a8_32": {"quantization": "w8a8_32"},
     "w4a8_32": {"quantization": "w4a8_32"},
+    "weights int8, head": {"quantization": "int8", "quantize_lm_head": True},
+    "w8a8_32, head": {"quantization": "w8a8_32", "quantize_lm_head": True},
+    "w4a8_32, head": {"quantization": "w4a8_32", "quantize_lm_head": True},
     "weights stored": {"quantization": "stored"},  # the default model's are Q4_1
     "KV int8": {"kv_cache_dtype": "int8"},
     "KV fp8 e4m3": {"kv_cache_dtype": "fp8_e4m3"},

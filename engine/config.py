@@ -57,6 +57,11 @@ class EngineOptions:
         "with a scale for every 32 numbers, for CPUs; stored keeps what the checkpoint has packed, none makes it "
         "float, auto is stored on a TPU or GPU, and on a CPU for 4-bit matrices that compiled kernels multiply by",
     )
+    quantize_lm_head: bool = option(
+        False,
+        "pack the LM head too, in 8 bits with a scale a token of the vocabulary; one that is tied to the embeddings "
+        "then stands beside them",
+    )
     sharding: str = option("single", "how the model is cut over the devices: a name in configs/sharding or a YAML file")
     kernel: tuple[str, ...] = option((), "an op's implementation by name, as op=implementation; without fallback")
     decode_steps: int | None = option(
@@ -148,6 +153,7 @@ class EngineConfig:
     seed: int
     stored: Packings = ()  # parameters that stay as the checkpoint has them packed
     shards: Shards = WHOLE  # what is cut over which devices
+    packed_head: bool = False  # the LM head is packed, too
     in_panels: bool = False  # weights lie as compiled CPU kernels read them fastest
     fewest_decode_steps: int = 1  # where the call's length goes by load
     decode_call_s: float | None = None  # that a call should take at most; None: every one has decode_steps
@@ -182,6 +188,7 @@ class EngineConfig:
             dtype=draft.dtype,
             kv_cache_dtype=draft.kv_cache_dtype,
             stored=draft.stored,
+            packed_head=False,
             shards=draft.shards,
         )
 

@@ -14,9 +14,9 @@ from engine.batch import StepKey, lattice
 from engine.config import EngineConfig
 from engine.errors import InvalidParam
 from engine.model.config import DeltaRule, LayerSpec, ModelConfig
-from engine.model.params import mlp_block, param_specs
+from engine.model.params import mlp_block
 from engine.pipeline import micro_of
-from engine.programs import compute_of, local_shapes, served_models
+from engine.programs import compute_of, local_shapes, model_specs, served_models
 from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.gated import api as gated
 from pallas_kernels.gated.spec import GatedSpec
@@ -93,7 +93,7 @@ def in_one_turn(config: EngineConfig, key: StepKey) -> StepKey:
 def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
     """(rows of x a token, a device's abstract weight) of the products that have kernels, each kind of weight once."""
     weights = [(name.split(".")[-1], weight) for name, weight in local_shapes(model, config).items()]
-    specs = param_specs(model, jnp.dtype(config.dtype))
+    specs = model_specs(model, config)
     dense = {name.split(".")[-1] for name, spec in specs.items() if spec.packable}
     found = []
     for name, weight in {f"{name} {weight}": (name, weight) for name, weight in weights}.values():

@@ -227,15 +227,20 @@ def load_params(checkpoint: Checkpoint, config: EngineConfig, report: Report) ->
     """All weights on the devices, one at a time, each in its shards, in the engine's dtype or packed as asked."""
     specs = param_specs(checkpoint.config, jnp.dtype(config.dtype))
     place = placer(checkpoint.config, config)
-    loaded = 0
+    head = None if not config.packed_head else "embed" if checkpoint.config.tie_embeddings else "lm_head"
+    loaded, made = 0, {}
 
     def put(name: str, array: np.ndarray | Quantized) -> Any:
         nonlocal loaded
         loaded += 1
         report("load weights", loaded, len(specs))
-        return place(name, array)
+        if name == head and isinstance(array, np.ndarray):
+            made["packed_head"] = place("packed_head", np.ascontiguousarray(array.T))
+        return None if name == head == "lm_head" else place(name, array)
 
-    params = checkpoint.load(specs, put, dict(config.stored))
+    params = checkpoint.load(specs, put, dict(config.stored)) | made
+    if head == "lm_head":
+        del params[head]
     jax.block_until_ready(params)
     return assembled(checkpoint.config, config, params)
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Sharding
@@ -15,10 +14,9 @@ from jax.sharding import Sharding
 from engine.config import EngineConfig
 from engine.executables import placed
 from engine.model.config import ModelConfig
-from engine.model.params import param_specs
 from engine.model.place import replicated, stage_of, with_copies, without_copies
 from engine.model.quantization import pack
-from engine.programs import param_cuts, param_shapes, served_specs, stage_cuts, stage_shapes
+from engine.programs import model_specs, param_cuts, param_shapes, served_specs, stage_cuts, stage_shapes
 from pallas_kernels.quantized import Quantized
 from sharding.mesh import mesh_of, mesh_of_stage
 
@@ -27,7 +25,7 @@ Put = Callable[[str, Any], Any]  # of a parameter's name and its arrays
 
 def placer(model: ModelConfig, config: EngineConfig) -> Put:
     """put(name, host array of the parameter's spec): packed as asked, and in its shards."""
-    specs, served = param_specs(model, jnp.dtype(config.dtype)), served_specs(model, config)
+    specs, served = model_specs(model, config), served_specs(model, config)
     put = _to_shards(model, config)
     copies = config.shards.num_copies("kv_heads")
 
@@ -79,7 +77,7 @@ def taken_apart(model: ModelConfig, config: EngineConfig, params: dict[str, Any]
     if mesh is None or config.shards.count("layers") == 1:
         return params
     shapes, cuts, found = stage_shapes(model, config), stage_cuts(model, config), {}
-    for name in param_specs(model, jnp.dtype(config.dtype)):
+    for name in model_specs(model, config):
         stage, there = stage_of(name, model, config.shards)
         on = mesh_of_stage(mesh, config.shards, stage) if there.startswith("layers.") else mesh
         places = placed(on, shapes[there], cuts[there])
@@ -121,9 +119,9 @@ def move(model: ModelConfig, params: list[Array], old: EngineConfig, new: Engine
 
 
 def _mover(model: ModelConfig, old: EngineConfig, new: EngineConfig) -> Put:
-    to_shards, place, dtype = _to_shards(model, new), placer(model, new), jnp.dtype(old.dtype)
-    specs, served = param_specs(model, dtype), param_specs(replicated(model, old.shards), dtype)
-    resized = {name for name, spec in param_specs(replicated(model, new.shards), dtype).items() if spec != served[name]}
+    to_shards, place = _to_shards(model, new), placer(model, new)
+    specs, served = model_specs(model, old), model_specs(replicated(model, old.shards), old)
+    resized = {name for name, spec in model_specs(replicated(model, new.shards), new).items() if spec != served[name]}
     copies = old.shards.num_copies("kv_heads")
 
     def put(name: str, array: Any) -> Any:

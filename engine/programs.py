@@ -44,7 +44,12 @@ def served_models(model: ModelConfig, config: EngineConfig) -> Iterator[tuple[st
 def served_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpec]:
     """The parameters as the devices hold them: in the engine's dtype, a KV head as often as it is asked for, of layers
     in stages those of one."""
-    return param_specs(served_model(model, config.shards), jnp.dtype(config.dtype))
+    return model_specs(served_model(model, config.shards), config)
+
+
+def model_specs(model: ModelConfig, config: EngineConfig) -> dict[str, ParamSpec]:
+    """The parameters of a model that is served so, before they are cut or copied."""
+    return param_specs(model, jnp.dtype(config.dtype), config.packed_head)
 
 
 def param_shapes(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:

@@ -121,6 +121,8 @@ def resolve(
     seqs = -(-seqs // shards.num_groups)
     tokens = -(-(options.max_num_batched_tokens or defaults.max_num_batched_tokens) // shards.num_groups)
     asked = options.quantization
+    if options.quantize_lm_head and asked in ("auto", "stored", "none"):
+        raise InvalidParam("quantize_lm_head", f"needs a quantization that packs while loading, not {asked}")
     target = target_of(device, options.kernel)
     config = EngineConfig(
         dtype=dtype,
@@ -131,6 +133,7 @@ def resolve(
         kv_cache_dtype=_KV_DTYPES.get(options.kv_cache_dtype, dtype),
         quantization=None if asked in ("auto", "stored", "none") else asked,
         stored=_kept_packed(asked, options.model, model, dtype, stored, target),
+        packed_head=options.quantize_lm_head,
         state_checkpoints=checkpoints,
         target=target,
         shards=shards,

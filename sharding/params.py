@@ -24,7 +24,7 @@ class ParamSpec:
     `rows`: on the device the array is a matrix, its first `rows` dimensions merged and the rest
     merged. Small trailing dimensions would be padded to whole tiles there, several times their size.
     `lead`: dimensions before those, kept as they are on the device (experts).
-    `packable`: only ever multiplied by, so it may be stored in fewer bits.
+    `packable`: only ever multiplied by, so it may be stored in fewer bits, but in no fewer than `fewest_bits`.
     `by_rows`: of columns that no rule cuts, and read row by row: accelerators may have more columns, of zeros.
     """
 
@@ -36,6 +36,7 @@ class ParamSpec:
     rows: int | None = None
     lead: int = 0
     packable: bool = False
+    fewest_bits: int = 4
     by_rows: bool = False
 
     def __post_init__(self) -> None:

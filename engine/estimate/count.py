@@ -160,7 +160,7 @@ class _Counter:
 
     def count(self, times: Sequence[int]) -> Count:
         """times: how often a stage, or the model, has each of the layers."""
-        head = "embed" if self.model.tie_embeddings else "lm_head"
+        head = next(name for name in ("packed_head", "lm_head", "embed") if name in self.params)
         once, turns = self._in_turns()
         ends, times_ends = (once, turns) if self._is_chained else (self, 1)
         total = (ends._at("embed")._embedding() + ends._at(head)._logits(self.params[head])) * times_ends
@@ -216,7 +216,8 @@ class _Counter:
             return Count()
         whole = 4.0 * drawn * self.model.vocab_size
         gather = Collective("all-gather", self.shards.axes("vocab"), whole)
-        product = self._product(weight, drawn, columns=weight.shape[0], rows=weight.shape[1])
+        columns, rows = weight.shape[::-1] if isinstance(weight, Quantized) else weight.shape
+        product = self._product(weight, drawn, columns=columns, rows=rows)
         passes = Count(activation_bytes=LOGITS_PASSES * whole, collectives=(gather,) if gather.axes else ())
         return product + Count(weight_bytes=tree_bytes(weight)) + passes
 

@@ -21,6 +21,7 @@ from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
 from engine.model.place import ALONE, Place
 from pallas_kernels.matmul import matmul
+from pallas_kernels.quantized_matmul import quantized_matmul
 
 
 def hidden_states(
@@ -107,9 +108,13 @@ def _embed(place: Place, table: Array, tokens: Array, width: int) -> Array:
 def logits(config: ModelConfig, params: Params, hidden: Array, place: Place = ALONE) -> Array:
     """float32 [rows, vocab] from hidden states [rows, embed]."""
     hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
-    name = "embed" if config.tie_embeddings else "lm_head"
-    hidden = jnp.pad(hidden, ((0, 0), (0, params[name].shape[1] - hidden.shape[1])))  # see `ParamSpec.by_rows`
-    out = matmul(hidden, params[name], target=place.target, transposed=True)
+    if "packed_head" in params:
+        name = "packed_head"
+        out = quantized_matmul(hidden, params[name], target=place.target, dtype=jnp.float32)
+    else:
+        name = "embed" if config.tie_embeddings else "lm_head"
+        hidden = jnp.pad(hidden, ((0, 0), (0, params[name].shape[1] - hidden.shape[1])))  # see `ParamSpec.by_rows`
+        out = matmul(hidden, params[name], target=place.target, transposed=True)
     out = place.at(name).gather(out, "vocab")
     return softcap(out * config.logits_multiplier, config.final_softcap)
 

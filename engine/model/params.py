@@ -17,14 +17,15 @@ from sharding.params import ParamSpec
 LANES = 128  # of a TPU's vector registers
 
 
-def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
+def param_specs(config: ModelConfig, dtype: np.dtype, packed_head: bool = False) -> dict[str, ParamSpec]:
     """All parameters of `config`, in the order of computation.
 
     qkv is grouped by KV head so that it is cut along kv_heads alone:
     [embed, kv_heads, q_per_kv + 2, head_dim] holds, per KV head, its query heads, key, value.
     Query head h belongs to KV head h // q_per_kv. gate_up is [embed, mlp_blocks, 2, block]: gate
     and up in turns of a lane tile, so that it is cut along mlp alone.
-    embed and lm_head are [vocab, embed]; lm_head exists only when not tied.
+    embed and lm_head are [vocab, embed]; lm_head exists only when not tied. packed_head is the same [embed, vocab],
+    made while loading from whichever of the two it is, to be packed.
     """
     dtype = jnp.dtype(dtype)
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -33,7 +34,11 @@ def param_specs(config: ModelConfig, dtype: np.dtype) -> dict[str, ParamSpec]:
         for name, spec in _layer_specs(config, config.layers[i], dtype).items():
             specs[f"layers.{i}.{name}"] = spec
     specs["final_norm"] = _norm(hidden)
-    if not config.tie_embeddings:
+    if packed_head:
+        specs["packed_head"] = ParamSpec(
+            (hidden, vocab), dtype, ("embed", "vocab"), fan_in=hidden, packable=True, fewest_bits=8
+        )
+    elif not config.tie_embeddings:
         specs["lm_head"] = specs["embed"]
     return specs
 

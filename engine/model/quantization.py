@@ -1,6 +1,7 @@
 """Which weights are packed on the device, and into what: by `--quantization`, or as the checkpoint has them.
 
-Only the matrices of the layers can be (`ParamSpec.packable`); embeddings, LM head, norms and biases stay.
+Only matrices can be that are nothing but multiplied by (`ParamSpec.packable`): those of the layers, and the LM head
+where it is asked for. Embeddings, norms and biases stay.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def packing_of(spec: ParamSpec, quantization: Quantization | None) -> Packing | 
     if quantization is None or not spec.packable:
         return None
     format, activations = FORMATS[quantization]
+    if format == "int4" and spec.fewest_bits > 4:
+        format = "int8"
     rows = spec.device_shape[-2]
     if (format == "int4" and rows % INT4_GROUP) or (activations == "dynamic_32" and rows % BLOCK):
         raise ModelError(f"quantization {quantization}: a weight of {rows} rows does not divide into groups of 32")

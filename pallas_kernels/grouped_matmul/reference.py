@@ -54,5 +54,5 @@ def _expert(whole: Array | Quantized, expert: Array, w: Array | Quantized) -> Ar
 
 def _product(x: Array, w: Array | Quantized, target: Target) -> Array:
     if isinstance(w, Quantized):
-        return quantized_matmul.run(x, w, target=target)
+        return quantized_matmul.run(x, w, target=target, dtype=x.dtype)
     return product("tk,kn->tn", x, w).astype(x.dtype)

@@ -1,7 +1,7 @@
 """x @ w for a packed weight: the public function, its checks, and the choice of implementation.
 
 x is [tokens, K] in float32, bfloat16 or float16, w a `Quantized` of shape [K, N]; the result is
-[tokens, N] in x's dtype, accumulated in float32 (int32 where int8 meets int8, within a group).
+[tokens, N], accumulated in float32 (int32 where int8 meets int8, within a group).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
 from pallas_kernels.quantized import Activations, Quantized, WeightFormat, check_left, check_packed
@@ -45,14 +47,14 @@ def choice(spec: MatmulSpec, target: Target) -> Choice[MatmulSpec]:
     return choose("quantized_matmul", CANDIDATES, spec, target)
 
 
-def quantized_matmul(x: Array, w: Quantized, *, target: Target) -> Array:
-    """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype.
+def quantized_matmul(x: Array, w: Quantized, *, target: Target, dtype: DTypeLike | None = None) -> Array:
+    """x [tokens, K] @ w [K, N] -> [tokens, N] in dtype, x's if none is asked for.
 
     With w.activations == "dynamic" each row of x is first rounded to the weight's format, with a
     scale of its own. A row of x that is not finite spoils its own result only.
     """
     run = choice(spec_of(x, w), target).implementation.run
-    return run(x, w, target=target)
+    return run(x, w, target=target, dtype=jnp.dtype(x.dtype if dtype is None else dtype))
 
 
 def spec_of(x: Array | jax.ShapeDtypeStruct, w: Quantized) -> MatmulSpec:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pallas_kernels.matmul import cpu
@@ -52,26 +53,28 @@ def cut(w: Quantized, width: int) -> Quantized:
     return jax.tree.map(lambda leaf: in_panels(leaf, width), w)
 
 
-def run(x: Array, w: Quantized, *, target: Target) -> Array:
+def run(x: Array, w: Quantized, *, target: Target, dtype: np.dtype) -> Array:
     """See `api.quantized_matmul`."""
     if w.activations != "float" and not _by_bytes(w, target):
         numbers, scales = rounded(x, w)
-        out = run(numbers.astype(jnp.float32), replace(w, activations="float"), target=target)
-        return (out if scales is None else out * scales).astype(x.dtype)
+        out = run(
+            numbers.astype(jnp.float32), replace(w, activations="float"), target=target, dtype=jnp.dtype(jnp.float32)
+        )
+        return (out if scales is None else out * scales).astype(dtype)
     if w.activations == "float" and _scaled_sums(w) and not _by_pairs(x, w, target):
         out = cpu.run(x, w.values, transposed=False, target=target, dtype=jnp.dtype(jnp.float32))
-        return (out * as_stored(w.scales).reshape(1, -1).astype(jnp.float32)).astype(x.dtype)
-    return _packed(x, w, target)
+        return (out * as_stored(w.scales).reshape(1, -1).astype(jnp.float32)).astype(dtype)
+    return _packed(x, w, target, dtype)
 
 
-def _packed(x: Array, w: Quantized, target: Target) -> Array:
+def _packed(x: Array, w: Quantized, target: Target, dtype: np.dtype) -> Array:
     block = {"float": 0, "dynamic": x.shape[1], "dynamic_32": BLOCK}[w.activations]
-    own = x.dtype if block or _by_pairs(x, w, target) else jnp.float32
+    own = dtype if dtype == jnp.bfloat16 and (block or _by_pairs(x, w, target)) else jnp.float32
     offsets = jnp.zeros((0,), w.scales.dtype) if w.offsets is None else as_stored(w.offsets).astype(w.scales.dtype)
     arrays = (as_stored(w.values), as_stored(w.scales), offsets)
     call = jax.ffi.ffi_call(PACKED_MATMUL, jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), own))
     out = call(x, *arrays, isa=target.native, in_panels=isinstance(w.values, Panels), rounded=block)
-    return out.astype(x.dtype)
+    return out.astype(dtype)
 
 
 def _by_pairs(x: Array, w: Quantized, target: Target) -> bool:

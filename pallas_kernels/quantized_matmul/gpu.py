@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -79,8 +80,8 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
     return None
 
 
-def run(x: Array, w: Quantized, *, target: Target) -> Array:
-    """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype; see `api.quantized_matmul`."""
+def run(x: Array, w: Quantized, *, target: Target, dtype: np.dtype) -> Array:
+    """x [tokens, K] @ w [K, N] -> [tokens, N] in dtype; see `api.quantized_matmul`."""
     tokens = x.shape[0]
     left, row_scales = quantize_rows(x, w.format) if w.activations == "dynamic" else (x, None)
     b = _blocks(tokens, w, target)
@@ -88,7 +89,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     if w.format == "int4":
         left = _high_columns_over_16(left, w.group)
     plain = b.splits == 1 and row_scales is None and w.offsets is None
-    sums = _sums(left, w, b, jnp.dtype(x.dtype) if plain else jnp.dtype(jnp.float32), target)
+    sums = _sums(left, w, b, dtype if plain else jnp.dtype(jnp.float32), target)
     if plain:
         return sums[0, :tokens]
     out = jnp.sum(sums, axis=0)[:tokens]
@@ -96,7 +97,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
         groups = w.scales.shape[0]
         row_sums = jnp.sum(x.astype(jnp.float32).reshape(tokens, groups, -1), axis=2)
         out += jnp.dot(row_sums, w.offsets.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return (out if row_scales is None else out * row_scales).astype(x.dtype)
+    return (out if row_scales is None else out * row_scales).astype(dtype)
 
 
 def _high_columns_over_16(x: Array, group: int) -> Array:

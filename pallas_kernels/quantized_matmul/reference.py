@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -22,14 +23,14 @@ _CPU_BLOCK = 1 << 20  # weights that are dequantized at once, 4 MiB
 _BLOCK = 1 << 24
 
 
-def run(x: Array, w: Quantized, *, target: Target) -> Array:
-    """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype; see `api.quantized_matmul`."""
+def run(x: Array, w: Quantized, *, target: Target, dtype: np.dtype) -> Array:
+    """x [tokens, K] @ w [K, N] -> [tokens, N] in dtype; see `api.quantized_matmul`."""
     numbers, row_scales = rounded(x, w)
     rows, columns = w.shape
     width = max(64, (_CPU_BLOCK if target.platform == "cpu" else _BLOCK) // rows // 64 * 64)
-    dtype = _product_dtype(numbers, target)
+    wide = _product_dtype(numbers, target)
     if width >= columns:
-        return _scaled(_product(numbers, w, dtype), row_scales, x.dtype)
+        return _scaled(_product(numbers, w, wide), row_scales, dtype)
 
     whole = replace(w, values=as_bits(w.values))
 
@@ -37,9 +38,9 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
         start = jnp.minimum(index * width, columns - width)  # the last block overlaps the one before
         cut = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, width, axis=1), whole)
         cut = replace(cut, values=lax.bitcast_convert_type(cut.values, w.values.dtype))
-        return lax.dynamic_update_slice(out, _scaled(_product(numbers, cut, dtype), row_scales, x.dtype), (0, start))
+        return lax.dynamic_update_slice(out, _scaled(_product(numbers, cut, wide), row_scales, dtype), (0, start))
 
-    return lax.fori_loop(0, -(-columns // width), block, jnp.zeros((x.shape[0], columns), x.dtype))
+    return lax.fori_loop(0, -(-columns // width), block, jnp.zeros((x.shape[0], columns), dtype))
 
 
 def rounded(x: Array, w: Quantized) -> tuple[Array, Array | None]:

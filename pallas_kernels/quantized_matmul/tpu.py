@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -75,8 +76,8 @@ def declines(spec: MatmulSpec, target: Target) -> str | None:
     return None
 
 
-def run(x: Array, w: Quantized, *, target: Target) -> Array:
-    """x [tokens, K] @ w [K, N] -> [tokens, N] in x.dtype; see `api.quantized_matmul`."""
+def run(x: Array, w: Quantized, *, target: Target, dtype: np.dtype) -> Array:
+    """x [tokens, K] @ w [K, N] -> [tokens, N] in dtype; see `api.quantized_matmul`."""
     (tokens, k), n = x.shape, w.shape[1]
     b = _blocks(tokens, w, target)
     left, row_scales = quantize_rows(x, w.format) if w.activations == "dynamic" else (x, None)
@@ -104,7 +105,7 @@ def run(x: Array, w: Quantized, *, target: Target) -> Array:
     integers = left.dtype == jnp.int8 and groups == 1
     return pl.pallas_call(
         functools.partial(_kernel, w=_static(w), bk=b.bk),
-        out_shape=jax.ShapeDtypeStruct((tokens, n), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((tokens, n), dtype),
         grid=(pl.cdiv(tokens, b.bm), pl.cdiv(n, b.bn), steps),
         in_specs=in_specs,
         out_specs=pl.BlockSpec((b.bm, b.bn), lambda i, j, s: (i, j)),

@@ -276,19 +276,27 @@ def test_experts_sinks_and_latents_from_folder_to_tokens(name: str, tmp_path: Pa
     assert [out[0] for out in tokens(results)] == [case.greedy[:12] for case in cases]
 
 
-def test_packed_weights_and_a_quantized_cache_from_options_to_tokens(tmp_path: Path) -> None:
-    config, prompt = models.checkpoint("qwen3_moe").config, models.expected("qwen3_moe")[3].prompt
-    with small_llm("qwen3_moe", tmp_path, quantization="int8", kv_cache_dtype="int8") as llm:
+@pytest.mark.parametrize(("name", "quantization", "head"), [
+    ("qwen3_moe", "int8", False), ("qwen3_moe", "int8", True), ("qwen2", "w8a8", True),
+])  # fmt: skip
+def test_packed_weights_and_a_quantized_cache_from_options_to_tokens(
+    name: str, quantization: Any, head: bool, tmp_path: Path
+) -> None:
+    config, prompt = models.checkpoint(name).config, models.expected(name)[3].prompt
+    options = {"quantization": quantization, "quantize_lm_head": head, "kv_cache_dtype": "int8"}
+    with small_llm(name, tmp_path, **options) as llm:
         ((out,),) = tokens(llm.generate([prompt], params_of(temperature=0.0)))
+    arrays = {name: np.asarray(array) for name, array in models.params(name).items()}
+    arrays["packed_head"] = arrays["embed" if config.tie_embeddings else "lm_head"].T
     params = {
-        name: jax.device_put(pack(spec, np.asarray(models.params("qwen3_moe")[name]), "int8"))
-        for name, spec in param_specs(config, np.dtype(np.float32)).items()
+        name: jax.device_put(pack(spec, arrays[name], quantization))
+        for name, spec in param_specs(config, np.dtype(np.float32), head).items()
     }
     layout = kv_layout(config.num_kv_heads, config.head_dim, "int8")
     full = prompt + out
     best = naive_logits(config, params, full, layout).argmax(-1).tolist()
     assert out == best[len(prompt) - 1 : -1]
-    assert out != models.expected("qwen3_moe")[3].greedy[:12], "rounding shows, or nothing was packed"
+    assert out != models.expected(name)[3].greedy[:12], "rounding shows, or nothing was packed"
 
 
 def test_after_shutdown_it_refuses(llm: LLM) -> None:

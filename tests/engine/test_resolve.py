@@ -82,6 +82,13 @@ def test_what_stays_packed_on_a_cpu_with_compiled_kernels() -> None:
     assert kept(CPU) == () == kept(replace(device, fast_bfloat16=True))
 
 
+def test_a_packed_head_needs_something_to_be_packed_into() -> None:
+    assert resolved(quantization="int4", quantize_lm_head=True).packed_head
+    for asked in ("auto", "stored", "none"):
+        with pytest.raises(InvalidParam, match="quantize_lm_head"):
+            resolved(quantization=asked, quantize_lm_head=True)
+
+
 @pytest.mark.parametrize("device", [CPU, GPU, TPU], ids=lambda d: d.platform)
 @pytest.mark.parametrize("seqs", [None, 1, 2, 3, 7, 64])
 @pytest.mark.parametrize("tokens", [None, 1, 31, 32, 33, 100])
