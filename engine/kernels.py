@@ -31,6 +31,8 @@ from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_attention.api import AttentionSpec
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import api as quantized_matmul
+from pallas_kernels.rms_norm import api as rms_norm
+from pallas_kernels.rms_norm.spec import NormSpec
 from pallas_kernels.short_conv import api as short_conv
 from pallas_kernels.ssd import api as ssd
 
@@ -52,6 +54,7 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     compute, matmuls = compute_of(model, config), _matmuls(model, config)
     model, layout = compute.model, compute.kv
     yield from _gated_choices(model, config)
+    yield from _norm_choices(model, config)
     for key in (in_one_turn(config, key) for key in lattice(config)):
         tokens = key.tokens + key.rows
         for spec in dict.fromkeys(model.layers):
@@ -81,6 +84,22 @@ def _gated_choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]
             sizes.append((experts.shared_size, False))
     for size, clamped in sizes:
         yield gated.choice(GatedSpec(mlp_block(size), config.dtype, model.activation, clamped), config.target)
+
+
+def _norm_choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
+    """Of the norms, which are the same in every program."""
+    sizes = [(model.hidden_size, config.dtype)]
+    if model.qk_norm == "head":
+        sizes.append((model.head_dim, config.dtype))
+    if model.latent is not None:
+        ranks = (model.latent.q_rank, model.latent.kv_rank)
+        sizes += [(rank, config.dtype) for rank in ranks if rank is not None]
+    if model.state_space is not None:
+        sizes.append((model.state_space.inner_dim // model.state_space.groups, "float32"))
+    if model.delta_rule is not None:
+        sizes.append((model.delta_rule.value_dim, config.dtype))
+    for size, dtype in sizes:
+        yield rms_norm.choice(NormSpec(size, dtype, config.shards.num_devices), config.target)
 
 
 def in_one_turn(config: EngineConfig, key: StepKey) -> StepKey:

@@ -40,6 +40,7 @@ OPS = (
     "ssd",
     "gated_delta",
     "gated",
+    "rms_norm",
     "matmul",
     "quantized_matmul",
     "grouped_matmul",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
-from engine.model.layers import Params, gated_mlp, linear, rms_norm, rope_cos_sin, softcap
+from engine.model.layers import Params, add_rms_norm, gated_mlp, linear, rms_norm, rope_cos_sin, softcap
 from engine.model.mixers import MIXERS, Attend, Rotation
 from engine.model.moe import expert_mlps
 from engine.model.params import mlp_block
@@ -62,14 +62,14 @@ def through_layers(
 ) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
     """As `hidden_states`, from what enters the first layer."""
     ropes = {spec.rope: rope_cos_sin(spec.rope, positions) for spec in config.layers if spec.rope}
-    new, chosen = [], []
+    added, new, chosen = None, [], []
     for i, spec in enumerate(config.layers):
         rope = ropes[spec.rope] if spec.rope else None
         here, weights = place.at(f"layers.{i}"), layer_params(params, i)
-        x, cache, experts = _layer(config, spec, attend, here, weights, x, rope, view, caches[i])
+        x, added, cache, experts = _layer(config, spec, attend, here, weights, x, added, rope, view, caches[i])
         new.append(cache)
         chosen += experts
-    return x, tuple(new), tuple(chosen)
+    return x if added is None else x + added, tuple(new), tuple(chosen)
 
 
 # Equal layers are traced and lowered once: a program of 80 layers is built as fast as one of two.
@@ -81,19 +81,22 @@ def _layer(
     place: Place,
     weights: Params,
     x: Array,
+    added: Array | None,
     rope: Rotation,
     view: Any,
     cache: Any,
-) -> tuple[Array, Any, list[Array]]:
-    hidden = _norm_before(config, x, weights.get("attn_norm"))
+) -> tuple[Array, Array, Any, list[Array]]:
+    """What enters is x + `added`; what leaves is the sum of the first two results, which the next layer adds with its
+    norm."""
+    x, hidden = _normed(config, place, x, added, weights.get("attn_norm"))
     see = partial(attend, config, spec, view, cache)
     hidden, cache = MIXERS[spec.mixer](config, place, hidden, weights, rope, see)
-    x = _add_residual(config, x, hidden, weights.get("attn_post_norm"))
+    added = _residual(config, place, hidden, weights.get("attn_post_norm"))
     if spec.ffn == "none":
-        return x, cache, []
-    hidden = _norm_before(config, x, weights.get("mlp_norm"))
+        return x, added, cache, []
+    x, hidden = _normed(config, place, x, added, weights.get("mlp_norm"))
     hidden, chosen = FFNS[spec.ffn](config, place, hidden, weights)
-    return _add_residual(config, x, hidden, weights.get("mlp_post_norm")), cache, chosen
+    return x, _residual(config, place, hidden, weights.get("mlp_post_norm")), cache, chosen
 
 
 def _embed(place: Place, table: Array, tokens: Array, width: int) -> Array:
@@ -107,7 +110,7 @@ def _embed(place: Place, table: Array, tokens: Array, width: int) -> Array:
 
 def logits(config: ModelConfig, params: Params, hidden: Array, place: Place = ALONE) -> Array:
     """float32 [rows, vocab] from hidden states [rows, embed]."""
-    hidden = rms_norm(hidden, params["final_norm"], config.norm_eps)
+    hidden = rms_norm(hidden, params["final_norm"], config.norm_eps, place)
     if "packed_head" in params:
         name = "packed_head"
         out = quantized_matmul(hidden, params[name], target=place.target, dtype=jnp.float32)
@@ -125,14 +128,23 @@ def layer_params(params: Params, layer: int) -> Params:
     return {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
 
 
-def _norm_before(config: ModelConfig, x: Array, weight: Array | None) -> Array:
-    return x if weight is None else rms_norm(x, weight, config.norm_eps)
+def _normed(
+    config: ModelConfig, place: Place, x: Array, added: Array | None, weight: Array | None
+) -> tuple[Array, Array]:
+    """x + `added`, and what of it enters a mixer or MLP: its norm, or without a weight itself."""
+    if weight is None:
+        x = x if added is None else x + added
+        return x, x
+    if added is None:
+        return x, rms_norm(x, weight, config.norm_eps, place)
+    return add_rms_norm(x, added, weight, config.norm_eps, place)
 
 
-def _add_residual(config: ModelConfig, x: Array, hidden: Array, post_norm: Array | None) -> Array:
+def _residual(config: ModelConfig, place: Place, hidden: Array, post_norm: Array | None) -> Array:
+    """What a mixer's or MLP's result adds to x."""
     if post_norm is not None:
-        hidden = rms_norm(hidden, post_norm, config.norm_eps)
-    return x + hidden * jnp.asarray(config.residual_multiplier, x.dtype)
+        hidden = rms_norm(hidden, post_norm, config.norm_eps, place)
+    return hidden * jnp.asarray(config.residual_multiplier, hidden.dtype)
 
 
 def _gated(config: ModelConfig, place: Place, x: Array, weights: Params) -> tuple[Array, list[Array]]:

@@ -14,6 +14,7 @@ from jax import Array
 
 from engine.model.config import Rope
 from engine.model.place import Place
+from pallas_kernels import rms_norm as norms
 from pallas_kernels.gated import gated
 from pallas_kernels.matmul import matmul
 from pallas_kernels.panels import Panels
@@ -33,11 +34,14 @@ def linear(x: Array, weight: Array | Quantized | Panels, target: Target) -> Arra
     return matmul(x, weight, target=target, dtype=x.dtype)
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last axis, in float32 (arXiv 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
+def rms_norm(x: Array, weight: Array, eps: float, place: Place) -> Array:
+    """Over the last axis; see `pallas_kernels.rms_norm`."""
+    return norms.rms_norm(x, weight, eps, target=place.target, num_devices=place.shards.num_devices)
+
+
+def add_rms_norm(x: Array, y: Array, weight: Array, eps: float, place: Place) -> tuple[Array, Array]:
+    """x + y, and its norm."""
+    return norms.add_rms_norm(x, y, weight, eps, target=place.target, num_devices=place.shards.num_devices)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:

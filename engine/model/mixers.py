@@ -92,11 +92,11 @@ def latent_attention(
         raise ValueError("latent attention needs its sizes and a rope")
     queries = x
     if latent.q_rank is not None:
-        queries = rms_norm(linear(x, weights["q_a"], place.target), weights["q_a_norm"], config.norm_eps)
+        queries = rms_norm(linear(x, weights["q_a"], place.target), weights["q_a_norm"], config.norm_eps, place)
     q = linear(queries, weights["q"], place.target).reshape(tokens, config.num_q_heads, -1)
     q = jnp.concatenate([q[..., : latent.nope_dim], apply_rope(q[..., latent.nope_dim :], *rope)], axis=-1)
     row = linear(x, weights["kv_a"], place.target)
-    compressed = rms_norm(row[:, : latent.kv_rank], weights["kv_a_norm"], config.norm_eps)
+    compressed = rms_norm(row[:, : latent.kv_rank], weights["kv_a_norm"], config.norm_eps, place)
     row = jnp.concatenate([compressed, apply_rope(row[:, latent.kv_rank :], *rope)], axis=-1)
     out, cache = see(AttentionInput(q, row[:, None], None, up=(weights["k_up"], weights["v_up"])))
     return place.sum(linear(out.reshape(tokens, -1), weights["o"], place.target), "q_heads"), cache
@@ -128,7 +128,7 @@ def mamba2(config: ModelConfig, place: Place, x: Array, weights: Params, rope: R
     out, cache = see(RecurrentInput(mixed, weights["conv"], weights.get("conv_bias"), inputs))
     out = out.reshape(tokens, -1).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
     norm = weights["ssm_norm"].reshape(ssm.groups, -1)
-    out = rms_norm(out.reshape(tokens, ssm.groups, -1), norm, config.norm_eps).reshape(tokens, -1)
+    out = rms_norm(out.reshape(tokens, ssm.groups, -1), norm, config.norm_eps, place).reshape(tokens, -1)
     out = linear(out.astype(x.dtype), weights["ssm_out"], place.target)
     return out + weights["ssm_out_bias"][None] if ssm.bias else out, cache
 
@@ -153,7 +153,7 @@ def gated_delta(
         return DeltaInput(q * rule.key_dim**-0.5, k, values, log_decay, jax.nn.sigmoid(strength))
 
     out, cache = see(RecurrentInput(mixed, weights["conv"], None, inputs))
-    out = rms_norm(out, weights["delta_norm"], config.norm_eps).astype(jnp.float32).reshape(tokens, -1)
+    out = rms_norm(out, weights["delta_norm"], config.norm_eps, place).astype(jnp.float32).reshape(tokens, -1)
     out = (out * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
     return linear(out, weights["delta_out"], place.target), cache
 
@@ -166,7 +166,7 @@ def _unit(x: Array) -> Array:
 def _norm_heads(config: ModelConfig, place: Place, qk: Array, weights: Params) -> Array:
     """RMS over each head's head_dim; qk is [tokens, kv_heads, queries and key, head_dim]."""
     query = jnp.broadcast_to(weights["q_norm"][None], (config.q_per_kv, config.head_dim))
-    return rms_norm(qk, jnp.concatenate([query, weights["k_norm"][None]]), config.norm_eps)
+    return rms_norm(qk, jnp.concatenate([query, weights["k_norm"][None]]), config.norm_eps, place)
 
 
 def _norm_full(config: ModelConfig, place: Place, qk: Array, weights: Params) -> Array:

@@ -82,10 +82,9 @@ def _decoded(
     """A decoder's hidden states [tokens, embed], behind its last norm. Nothing is kept for later tokens."""
     none = (None,) * model.num_layers
     see = RowAttention(key.length)
-    hidden, _, _ = decoder.hidden_states(
-        model, params, fields["tokens"], fields["positions"], none, rows, see, Place(target)
-    )
-    return rms_norm(hidden, params["final_norm"], model.norm_eps)
+    place = Place(target)
+    hidden, _, _ = decoder.hidden_states(model, params, fields["tokens"], fields["positions"], none, rows, see, place)
+    return rms_norm(hidden, params["final_norm"], model.norm_eps, place)
 
 
 def _pool(kind: PoolingKind, hidden: Array, rows: Rows, width: int) -> Array:

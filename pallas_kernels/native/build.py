@@ -48,7 +48,8 @@ def build(target: Path) -> None:
     sources = [("native.cc", [f"-isystem{SOURCE}"])]
     for isa in isas:
         flags = [*FLAGS[isa], f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
-        sources += [(source, flags) for source in ("kernels.cc", "matmul.cc", "bytes.cc", "attention.cc", "gate.cc")]
+        own = ("kernels.cc", "matmul.cc", "bytes.cc", "attention.cc", "gate.cc", "norm.cc")
+        sources += [(source, flags) for source in own]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(folder) / f"{i}.o" for i in range(len(sources))]
         done = [pool.submit(_compile, compiler, *source, to) for source, to in zip(sources, objects, strict=True)]

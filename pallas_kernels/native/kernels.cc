@@ -7,6 +7,7 @@ void columns(const Matmul&, int64_t begin, int64_t end);
 void rounded_columns(const Matmul&, int64_t begin, int64_t end);
 void round(const Rounded&, int64_t begin, int64_t end);
 void gate(const Gate&, int64_t begin, int64_t end);
+void norm(const Norm&, int64_t begin, int64_t end);
 void attend(const Attention&, const Queries&, float* scratch);
 void attend_part(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
 void merge(const Attention&, const Queries&, int64_t parts, float* states);
@@ -26,6 +27,6 @@ constexpr decltype(Kernels::round) kRound = nullptr;
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels{NAME, 2 * LANES, kHalves, columns, kRoundedColumns, kRound, gate, attend, attend_part, merge};
+const Kernels kernels{NAME, 2 * LANES, kHalves, columns, kRoundedColumns, kRound, gate, norm, attend, attend_part, merge};
 
 }  // namespace octavo::ISA

@@ -49,6 +49,18 @@ struct Gate {
   int64_t block;
 };
 
+// out[i] = x[i] / sqrt(mean(x[i] ** 2) + eps) * weight[i % turns] of rows of `size` numbers, all but weight of one type.
+struct Norm {
+  const void* x;        // [rows, size]
+  const void* y;        // is added to x before, and the sum rounded; or null
+  const float* weight;  // [turns, size]
+  void* sum;            // x + y, with y
+  void* out;
+  bool is_bfloat16;
+  int64_t size, turns;
+  float eps;
+};
+
 // Attention of queries [tokens, q_heads, head_dim] over pages of rows of `width` elements, a row a token.
 struct Attention {
   const void* q;
@@ -93,6 +105,7 @@ struct Kernels {
   void (*rounded_columns)(const Matmul&, int64_t begin, int64_t end);
   void (*round)(const Rounded&, int64_t begin, int64_t end);
   void (*gate)(const Gate&, int64_t begin, int64_t end);       // of blocks, whose size is a multiple of half of `lanes`
+  void (*norm)(const Norm&, int64_t begin, int64_t end);       // of rows, likewise
   // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.
   void (*attend)(const Attention&, const Queries&, float* scratch);
   // What one query sees of keys [kPart * part, kPart * (part + 1)), into state_floats of num_heads rows.

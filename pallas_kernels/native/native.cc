@@ -290,6 +290,24 @@ static ffi::Error gate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::
   return ffi::Error::Success();
 }
 
+constexpr int64_t kNormed = 1 << 16;  // numbers that are worth a task: fewer are done before a thread wakes
+
+// y, and with it the sum, is empty where nothing is added.
+static ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, ffi::BufferR2<ffi::F32> weight,
+                       ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> out, std::string_view isa, float eps) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  const int64_t turns = weight.dimensions()[0], size = weight.dimensions()[1];
+  if (size % (kernels->lanes / 2)) return ffi::Error::InvalidArgument("rows must be whole vectors");
+  const void* added = y.element_count() ? y.untyped_data() : nullptr;
+  const bool is_bfloat16 = x.element_type() == ffi::DataType::BF16;
+  const Norm n{x.untyped_data(), added, weight.typed_data(), sum->untyped_data(), out->untyped_data(), is_bfloat16,
+               size, turns, eps};
+  const int64_t rows = static_cast<int64_t>(x.element_count()) / size, each = std::max<int64_t>(1, kNormed / size);
+  run_all(pool, (rows + each - 1) / each, [&](int64_t i) { kernels->norm(n, i * each, std::min((i + 1) * each, rows)); });
+  return ffi::Error::Success();
+}
+
 // What decode and prefill calls share. `heads` KV heads stand head_stride elements apart in a page's row, each key
 // value_offset before its value; exponents: where a quantized row's powers of two begin.
 struct Layout {
@@ -458,6 +476,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_gate, octavo::gate,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("isa")
                                   .Attr<int64_t>("block"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_norm, octavo::norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("isa")
+                                  .Attr<float>("eps"));
 
 #define OCTAVO_ATTENTION_ATTRIBUTES   \
   .Arg<ffi::BufferR1<ffi::F32>>()     \
