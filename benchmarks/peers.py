@@ -12,7 +12,8 @@ Prompts differ from their first tokens on, within a run and between rounds, so n
 helps anyone. Every engine gets the same prompts and all cores, and runs alone. All weights come from
 the default model's file: as it is ("int4": Q4_1), or expanded once, rounded to bfloat16, and
 written as each engine reads them: bf16 (OpenVINO's reader has no bf16 and gets the same numbers as
-float16), or quantized to 8 bits ("int8": Q8_0; ours packs its own way). OpenVINO and
+float16), or quantized to 8 bits ("int8": Q8_0; ours packs its own way). Ours rounds activations to 8
+bits in both, as the others do; "w8a16" and "w4a16" are ours with bfloat16 activations and LM head. OpenVINO and
 transformers run in process, without HTTP, which is their best case; transformers on a static batch.
 
 The counts of output tokens are checked for every request, and the greedy texts are compared with ours
@@ -46,11 +47,13 @@ from engine.config import DEFAULT_MODEL, EngineOptions, cache_root
 from engine.registry import resolve_model
 from engine.text import Tokenizer, load_tokenizer
 
-WIDTHS = ("bf16", "int8", "int4", "f32")
 OURS: Mapping[str, dict[str, Any]] = {
     "bf16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "bfloat16", "quantization": "int8"},
-    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    # As OpenVINO and llama.cpp do: activations rounded to 8 bits, 32 of a row at a time, and the LM head in 8 bits.
+    "int8": {"dtype": "bfloat16", "quantization": "w8a8_32", "quantize_lm_head": True},
+    "int4": {"dtype": "bfloat16", "quantization": "w4a8_32", "quantize_lm_head": True},
+    "w8a16": {"dtype": "bfloat16", "quantization": "int8"},
+    "w4a16": {"dtype": "bfloat16", "quantization": "int4"},
     "f32": {"dtype": "float32"},
 }
 Start = Callable[[], AbstractContextManager[engines.Engine]]
@@ -137,7 +140,7 @@ def all_engines(args: argparse.Namespace, source: Path, folder: Path, tokenizer:
         sizes: dict[str, Any] = {"max_num_seqs": streams, "max_model_len": per_stream}
         return lambda: engines.octavo(EngineOptions(**OURS[width], **sizes))
 
-    found = {f"octavo {width}": octavo(width) for width in WIDTHS}
+    found = {f"octavo {width}": octavo(width) for width in OURS}
     kinds = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_1"}
     found |= {f"llama.cpp {width}": llamacpp(kind) for width, kind in kinds.items()}
     kinds = {"bf16": ("f16", "bf16"), "int8": ("q8_0", None), "int4": ("q4_1", None), "f32": ("f16", "f32")}
