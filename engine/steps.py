@@ -301,7 +301,12 @@ def prompt_logprobs(compute: Compute, params: Params, hidden: Array, next_tokens
         return sampler.logprobs_of(logits_of(compute, params, block[0]), block[1])
 
     if unrolled:
-        cut = [of_block((hidden[i], next_tokens[i])) for i in range(blocks)]
+        cut = []
+        for i in range(blocks):
+            block = (hidden[i], next_tokens[i])
+            if cut:  # one behind the other: the compiler would keep the logits of all
+                block, cut[-1] = jax.lax.optimization_barrier((block, cut[-1]))
+            cut.append(of_block(block))
         found = tuple(jnp.stack(parts) for parts in zip(*cut, strict=True))
     else:
         found = jax.lax.map(of_block, (hidden, next_tokens))
