@@ -291,7 +291,9 @@ def prompt_logprobs(compute: Compute, params: Params, hidden: Array, next_tokens
     """Logprob of each prefill token's successor and the best alternatives, a few positions at a time."""
     num_tokens = hidden.shape[0]
     unrolled = compute.target.loops_copy
-    size = min(8 * PROMPT_LOGPROB_TOKENS if unrolled else PROMPT_LOGPROB_TOKENS, num_tokens)
+    # Each block is more of an unrolled program's text: as few as hold 128 MiB of logits.
+    most = 1 << ((1 << 25) // compute.model.vocab_size).bit_length() - 1 if unrolled else 0
+    size = min(max(PROMPT_LOGPROB_TOKENS, min(most, 8 * PROMPT_LOGPROB_TOKENS)), num_tokens)
     blocks = -(-num_tokens // size)
     pad = blocks * size - num_tokens
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, size, -1)
