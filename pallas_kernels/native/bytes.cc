@@ -88,6 +88,18 @@ struct Columns {
       }
   }
 
+  // Asks for what the groups that come next have.
+  void fetch_factors(int64_t g, int64_t groups) const {
+    const int64_t size = m.scales_type == Type::kBFloat16 ? 2 : 4, row = m.in_panels ? kPanel : m.n;
+    const int64_t first = place(m.in_panels, m.k / m.group, m.n, g, c) * size;
+    for (int64_t i = 0; i < groups; ++i)
+      for (int64_t line = 0; line < kPanel * size; line += 64) {
+        const int64_t at = first + i * row * size + line;
+        __builtin_prefetch(static_cast<const char*>(m.scales) + at);
+        if (m.offsets != nullptr) __builtin_prefetch(static_cast<const char*>(m.offsets) + at);
+      }
+  }
+
   // Of group g, in the order of quads.
   void factors(const void* from, int64_t g, float* to) const {
     Vec out[kVecs];
@@ -198,6 +210,7 @@ void multiply(const Columns& w) {
     const char* next = reinterpret_cast<const char*>(w.at(end / stored));
     w.unpack(first, end, unpacked, {next, tiles == 1 ? w.stride : 0});
     Ahead ahead{next, tiles == 1 ? 0 : step / tiles};
+    if (scaled) w.fetch_factors(end / m.group, deep / m.group);
     if (m.offsets != nullptr) byte_tiles<Applied::kOffsets>(w, first, end, unpacked, sums, ahead);
     else if (scaled) byte_tiles<Applied::kScales>(w, first, end, unpacked, sums, ahead);
     else byte_tiles<Applied::kLater>(w, first, end, unpacked, sums, ahead);
