@@ -41,11 +41,11 @@ def test_counts_times_and_text_of_a_stream(live: Running) -> None:
 
 
 def test_pace_of_the_server_is_what_is_measured(live: Running) -> None:
-    """20 ms a token: no gap is much shorter (the machine may be busy), and requests of two streams overlap."""
+    """20 ms a token: no request is faster (single tokens may come late), and requests of two streams overlap."""
     live.engine.pace_s = 0.02
     load = closed_loop(target(live), [ask("one", 10), ask("two", 10), ask("three", 4)], 2)
     assert [s.text for s in load.samples] == [letters("one", 10), letters("two", 10), letters("three", 4)]
-    assert all(s.tpot_s >= 0.019 for s in load.samples)
+    assert all(s.ttft_s + 9 * s.tpot_s >= 9 * 0.019 for s in load.samples if s.num_output_tokens == 10)
     one, two, three = load.samples
     assert two.start_s < one.first_s and three.start_s >= min(one.end_s, two.end_s)
     assert 0 < load.client_cpu_share < 1
