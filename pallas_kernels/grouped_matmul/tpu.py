@@ -69,6 +69,8 @@ def declines(spec: GroupedSpec, target: Target) -> str | None:
 def _declines_packed(spec: GroupedSpec) -> str | None:
     if spec.scale_dtype not in ("float32", "bfloat16"):
         return f"scales are {spec.scale_dtype}; float32 and bfloat16 are served"
+    if spec.activations == "dynamic_32":
+        return "activations with a scale for every 32"
     if spec.group == spec.k and not spec.offsets:
         return None
     if spec.activations == "dynamic":

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.choice import KernelDeclined
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul.api import choice
+from pallas_kernels.grouped_matmul.api import GroupedSpec, choice
 from pallas_kernels.grouped_matmul.cases import REAL, SMALL, Case, even, skewed
 from pallas_kernels.quantized import Quantized, dequantize, quantize
 from pallas_kernels.quantized_matmul.reference import quantize_rows
@@ -202,3 +202,12 @@ def test_cases_say_what_they_mean() -> None:
     for rows, experts in ((8, 128), (256, 128), (32768, 128), (8192, 8)):
         assert sum(even(rows, experts)) == sum(skewed(rows, experts)) == rows
         assert len(even(rows, experts)) == len(skewed(rows, experts)) == experts
+
+
+@pytest.mark.parametrize(("format", "group"), [("int8", 128), ("int8", 32), ("int4", 32)])
+def test_rows_rounded_by_blocks_are_left_to_plain_jax(format: Any, group: int) -> None:
+    """The kernel knows one scale a row and would multiply by another rounding's numbers."""
+    spec = GroupedSpec(4, 128, 128, 2, "bfloat16", format, group, activations="dynamic_32")
+    made = choice(spec, Target("tpu", "v6e"))
+    assert made.implementation.name == "reference"
+    assert dict(made.declined)["tpu"] == "activations with a scale for every 32"
