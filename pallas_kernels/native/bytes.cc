@@ -8,15 +8,15 @@
 
 #ifdef __AVX512VNNI__
 #include <algorithm>
-#include <type_traits>
 
 namespace octavo::ISA {
 namespace {
 
 constexpr int kVecs = kPanel / kLanes;
-constexpr int64_t kQuads = kRoundedRows / 4;         // products of four bytes between two takings of scales
-constexpr int64_t kUnpacked = 288;                      // rows of w that become quads at once, which stay in L1
-constexpr int64_t kMostUnpacked = kRoundedInt4Group;    // of int4 in large groups
+constexpr int kTileRows = 3;                          // integers and sums of so many rows fill the registers
+constexpr int64_t kQuads = kRoundedRows / 4;          // products of four bytes between two takings of scales
+constexpr int64_t kUnpacked = 288;                    // rows of w that become quads at once, which stay in L1
+constexpr int64_t kMostUnpacked = kRoundedInt4Group;  // of int4 in large groups
 
 // Columns [0, kPanel) in the order that `quads` leaves them in, of four vectors in their own; and back again.
 inline void reorder(Vec (&v)[kVecs]) {
@@ -171,13 +171,9 @@ void byte_tiles(const Columns& w, int64_t first, int64_t end, const uint8_t* unp
       w.factors(m.scales, g, factors.scales[i]);
       if (kApplied == Applied::kOffsets) w.factors(m.offsets, g, factors.offsets[i]);
     }
-  const auto tile = [&](auto height, int64_t r) {
+  in_heights<kTileRows>(m.tokens, [&](auto height, int64_t r) {
     byte_tile<height, kApplied>(w, r, first, end, unpacked, factors, sums + r * kPanel, ahead);
-  };
-  int64_t r = 0;
-  for (; m.tokens - r >= 3 && m.tokens - r != 4; r += 3) tile(std::integral_constant<int, 3>(), r);
-  for (; m.tokens - r >= 2; r += 2) tile(std::integral_constant<int, 2>(), r);
-  if (r < m.tokens) tile(std::integral_constant<int, 1>(), r);
+  });
 }
 
 // Sums of all of w's columns are there: one scale a column, if it is left to the end, and into their order.
@@ -201,7 +197,7 @@ void multiply(const Columns& w) {
   alignas(64) static thread_local uint8_t unpacked[kMostUnpacked * kPanel];
   const Matmul& m = w.m;
   const bool scaled = m.group < m.k || m.offsets != nullptr;
-  const int64_t tiles = (m.tokens + 2) / 3, unit = w.is_int4 ? m.group : kRoundedRows;
+  const int64_t tiles = (m.tokens + kTileRows - 1) / kTileRows, unit = w.is_int4 ? m.group : kRoundedRows;
   const int64_t deep = std::max(unit, kUnpacked / unit * unit);
   const int64_t stored = w.is_int4 ? 2 : 1, step = 4 * w.stride / (stored * kTurns);
   float* sums = cleared_sums(m.tokens);

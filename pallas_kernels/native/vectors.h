@@ -170,14 +170,16 @@ inline Vec exponential(Vec x) {
   return x < floor ? Vec{} : result;
 }
 
-// one(height, r) for tiles of `rows` rows, r the first of a tile: of kMost, then of 4, 2 and 1. Two vectors wide these
-// are at least eight sums at once where they can be, which hides a product's latency.
+// one(height, r) for tiles of `rows` rows, r the first of a tile: of kMost, then of 4, if that is less, 2 and 1. Two
+// vectors wide these are at least eight sums at once where they can be, which hides a product's latency.
 template <int kMost, typename One>
 inline void in_heights(int64_t rows, One one) {
   int64_t r = 0;
-  if constexpr (kMost > 4)
-    for (; rows - r >= kMost && rows - r != kMost + 2; r += kMost) one(std::integral_constant<int, kMost>(), r);
-  for (; rows - r >= 4; r += 4) one(std::integral_constant<int, 4>(), r);
+  constexpr int kPoor = kMost > 4 ? 2 : 1;  // a rest that is better shared with the tile before
+  if constexpr (kMost != 4)
+    for (; rows - r >= kMost && rows - r != kMost + kPoor; r += kMost) one(std::integral_constant<int, kMost>(), r);
+  if constexpr (kMost >= 4)
+    for (; rows - r >= 4; r += 4) one(std::integral_constant<int, 4>(), r);
   for (; rows - r >= 2; r += 2) one(std::integral_constant<int, 2>(), r);
   if (r < rows) one(std::integral_constant<int, 1>(), r);
 }

@@ -206,6 +206,19 @@ def test_native_is_the_product_of_the_dequantized_weights_to_the_bit(kind: str) 
         assert np.array_equal(found[0], wanted[0]) and np.isnan(found[1:]).all(), rows
 
 
+native_product = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
+
+
+def check_bits_of_the_first_row(x: np.ndarray, w: Quantized, whole: np.ndarray) -> None:
+    """As in `whole`, the product of all rows: in every bucket, in panels or not, beside rows of NaN."""
+    x[1:] = np.nan
+    width = native.panel_of(w, TARGETS["native"])
+    for weight in (w, native.cut(w, width)) if width else (w,):
+        for rows in BFLOAT16_ROWS:
+            found = np.asarray(native_product(x[:rows], weight), np.float64)
+            assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
+
+
 @needs_native
 @pytest.mark.parametrize("kind", [*PACKINGS, *SCALED_SUMS])
 def test_native_in_bfloat16_is_the_product_of_the_dequantized_weights(kind: str) -> None:
@@ -215,15 +228,9 @@ def test_native_in_bfloat16_is_the_product_of_the_dequantized_weights(kind: str)
     w = quantize(rng.standard_normal((k, n)).astype(np.float32), **how)
     x = rng.standard_normal((max(BFLOAT16_ROWS), k)).astype(jnp.bfloat16)
     wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
-    call = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
-    whole = np.asarray(call(x, w), np.float64)
+    whole = np.asarray(native_product(x, w), np.float64)
     assert np.linalg.norm(whole - wanted) / np.linalg.norm(wanted) < 2**-9
-    x[1:] = np.nan
-    width = native.panel_of(w, TARGETS["native"])
-    for weight in (w, native.cut(w, width)) if width else (w,):
-        for rows in BFLOAT16_ROWS:
-            found = np.asarray(call(x[:rows], weight), np.float64)
-            assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
+    check_bits_of_the_first_row(x, w, whole)
 
 
 ROUNDED: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -255,15 +262,9 @@ def test_native_of_rounded_rows(kind: str, dtype: str) -> None:
     block = k if w.activations == "dynamic" else 32
     rounded = rounded_rows(np.asarray(x, np.float32).reshape(-1, block), "int8").reshape(x.shape)
     wanted = rounded @ np.asarray(dequantize(w), np.float64)
-    call = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
-    whole = np.asarray(call(x, w), np.float64)
+    whole = np.asarray(native_product(x, w), np.float64)
     assert np.linalg.norm(whole - wanted) / np.linalg.norm(wanted) < {"float32": 1e-6, "bfloat16": 2**-9}[dtype]
-    x[1:] = np.nan
-    width = native.panel_of(w, TARGETS["native"])
-    for weight in (w, native.cut(w, width)) if width else (w,):
-        for rows in BFLOAT16_ROWS:
-            found = np.asarray(call(x[:rows], weight), np.float64)
-            assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
+    check_bits_of_the_first_row(x, w, whole)
 
 
 def test_blocks_of_columns_overlap_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
