@@ -16,7 +16,7 @@ serve: $(VENV)/.installed ## serve the embedded default model on port 8000
 	$(bin)/octavo serve $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests
-	$(bin)/python -m pytest $(if $(ARGS),$(ARGS),-q -m "not slow and not aot" $(PARALLEL) --durations=20)
+	$(bin)/python -m pytest $(if $(ARGS),$(ARGS),-q -m "not slow and not aot" --timeout 600 $(PARALLEL) --durations=20)
 
 check: $(VENV)/.installed-test ## formatting, lint and types
 	$(bin)/ruff format --check .
