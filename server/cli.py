@@ -6,9 +6,10 @@ Imports nothing heavy: help, `models` and a misspelt option answer without loadi
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -184,12 +185,22 @@ def flag_values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
+def _imported(run: str) -> Callable[..., int]:
+    """The function of "module:name". What modules make lives as long as the process: no collection walks it."""
+    module, function = run.split(":")
+    gc.disable()
+    try:
+        return getattr(importlib.import_module(module), function)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. A known error is one line on stderr; only a bug in Octavo shows a traceback."""
     try:
         command, options = parse(sys.argv[1:] if argv is None else argv)
-        module, function = command.run.split(":")
-        return getattr(importlib.import_module(module), function)(*options)
+        return _imported(command.run)(*options)
     except OctavoError as error:
         print(f"octavo: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR

@@ -25,6 +25,7 @@ MAGIC = b"GGUF"
 MAX_ENTRIES = 1 << 17  # metadata keys or tensors; the largest real models have a few thousand
 MAX_DIMS = 4
 MAX_ARRAY_DEPTH = 2
+CHUNK_ELEMENTS = 1 << 18  # that are dequantized at once: their intermediate results stay in a core's cache
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: dict[int, np.dtype] = {
@@ -223,10 +224,11 @@ def dequantizer(file: GgufFile, kind: GGMLQuantizationType) -> Callable[[np.ndar
         return lambda raw: raw.view(_PLAIN[kind]).astype(np.float32, copy=False)
     block_bytes = GGML_QUANT_SIZES[kind][1]
     try:
-        quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)  # makes the tables that some types look up in
     except (NotImplementedError, KeyError):
         raise file.fail(f"holds tensors of type {kind.name}, which cannot be dequantized") from None
-    return lambda raw: quants.dequantize(raw, kind)
+    # `quants.dequantize` takes 16 rows at a time, which costs as much again.
+    return getattr(quants, kind.name).dequantize_rows
 
 
 class TensorReader:
@@ -239,7 +241,15 @@ class TensorReader:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start, cols] of tensor `name`; quantized values are expanded exactly."""
-        return self._dequantize[self._file.tensors[name].kind](self.raw_rows(name, start, stop))
+        info = self._file.tensors[name]
+        dequantize, step = self._dequantize[info.kind], max(1, CHUNK_ELEMENTS // info.num_cols)
+        if stop - start <= step:
+            return dequantize(self.raw_rows(name, start, stop))
+        out = np.empty((stop - start, info.num_cols), np.float32)
+        for row in range(start, stop, step):
+            end = min(row + step, stop)
+            out[row - start : end - start] = dequantize(self.raw_rows(name, row, end))
+        return out
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """uint8 [stop - start, row_bytes] of tensor `name`, as stored."""
