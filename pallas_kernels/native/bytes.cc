@@ -236,11 +236,12 @@ void round(const Rounded& r, int64_t begin, int64_t end) {
   constexpr float kTiny = 1.17549435e-38f;
   for (int64_t first = begin * r.k; first < end * r.k; first += r.group) {
     const float wanted = magnitude(r, first, r.group) / 127.0f, scale = wanted < kTiny ? kTiny : wanted;
+    const float inverse = 1.0f / scale;
     r.scales[first / r.group] = scale;
     for (int64_t part = first; part < first + r.group; part += kRoundedRows) {
       __m512i total = _mm512_setzero_si512();
       for (int64_t i = part; i < part + kRoundedRows; i += kLanes) {
-        const __m512i number = _mm512_cvtps_epi32((__m512)(number_of(r, i) / scale));
+        const __m512i number = _mm512_cvtps_epi32((__m512)(number_of(r, i) * inverse));
         total = _mm512_add_epi32(total, number);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(r.numbers + i), _mm512_cvtsepi32_epi8(number));
       }
