@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.target import Target
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -49,14 +51,31 @@ class PrefillStates:
 Step = Callable[[Array, tuple[Array, ...]], tuple[Array, Array]]
 
 
+# one(state [..., a, b], inputs [..., n] each) -> (output [..., n], state): a token of a head, for any dimensions ahead.
+OneToken = Callable[..., tuple[Array, Array]]
+
+
+def advance(
+    pool: Array, states: DecodeStates, inputs: tuple[Array, ...], one: OneToken, target: Target
+) -> tuple[Array, Array]:
+    """Outputs [rows, heads, n] of the decode rows, inputs float32 [rows, heads, ...] each, and the pool after them."""
+    out, new = one(pool[states.rows], *inputs)
+    return out, replace_active(pool, states, new)
+
+
 def replace_active(pool: Array, states: DecodeStates, new: Array) -> Array:
     """The pool with `new` [rows, ...] in the rows that are active, and where they leave a copy."""
-    pool, copy_to = _put(pool, states.rows, new, states.active), states.copy_to
+    return leave_copies(_put(pool, states.rows, new, states.active), states, lambda pool: new)
+
+
+def leave_copies(pool: Array, states: DecodeStates, new: Callable[[Array], Array]) -> Array:
+    """The pool with copies of `new(pool)` [rows, ...] where active rows leave one."""
+    copy_to = states.copy_to
     if copy_to is None:
         return pool
     leaves = states.active & (copy_to >= 0)
     # Copies are rare, and a scatter that writes nothing still reads every state.
-    return jax.lax.cond(jnp.any(leaves), lambda pool: _put(pool, copy_to, new, leaves), lambda pool: pool, pool)
+    return jax.lax.cond(jnp.any(leaves), lambda pool: _put(pool, copy_to, new(pool), leaves), lambda pool: pool, pool)
 
 
 def sources(pool: Array, states: PrefillStates) -> Array:

@@ -136,13 +136,10 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(short, kind, chip, options, marks=marks, id=f"{name}-2-{kind}-{chip}")
                 yield pytest.param(model, kind, chip, options, marks=[slow], id=f"{name}-{kind}-{chip}")
     for chip in ("v6e:2x2", "tpu7x:2x2x1", "h200:1"):
-        for name, model in FAMILIES.items():
+        for name, model in (FAMILIES | RECURRENT).items():
             for form, options in PACKED.items():
                 for kind in ("decode", "prefill"):
                     yield pytest.param(model, kind, chip, options, marks=[slow], id=f"{name}-2-{form}-{kind}-{chip}")
-        for name, model in RECURRENT.items():
-            for kind in ("decode", "prefill"):
-                yield pytest.param(model, kind, chip, {}, marks=[slow], id=f"{name}-2-{kind}-{chip}")
 
 
 @pytest.mark.aot
@@ -226,7 +223,7 @@ def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
     """Ops that no kernel serves, as docs/architecture.md's table says."""
     ops = {"matmul", "gated", "rms_norm", *(["expanded_prefill"] if model.latent else [])}
     if model.recurrence:
-        ops |= {"short_conv", "ssd", "gated_delta"}
+        ops |= {"short_conv"} | ({"ssd", "gated_delta"} if platform == "gpu" else set())
     if platform == "gpu":
         ops |= {"kv_write"} | ({"quantized_matmul", "grouped_matmul"} if packed else set())
         if model.latent:

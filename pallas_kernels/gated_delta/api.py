@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 from jax import Array
 
-from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
 from pallas_kernels.gated_delta import reference
 from pallas_kernels.states import DecodeStates, PrefillStates
 from pallas_kernels.target import Target
@@ -43,7 +43,10 @@ class DeltaSpec:
     dtype: str
 
 
-CANDIDATES: tuple[Implementation[DeltaSpec], ...] = (Implementation("reference", never, reference.gated_delta),)
+CANDIDATES: tuple[Implementation[DeltaSpec], ...] = (
+    mosaic("tpu", "pallas_kernels.gated_delta.tpu"),
+    Implementation("reference", never, reference.gated_delta),
+)
 
 
 def choice(spec: DeltaSpec, target: Target) -> Choice[DeltaSpec]:
@@ -59,7 +62,7 @@ def gated_delta(
     Decode rows come first on the token axis. The arithmetic is float32.
     """
     spec = _spec(inputs, pool, decode.rows.shape[0])
-    return choice(spec, target).implementation.run(inputs, pool, decode, prefill)
+    return choice(spec, target).implementation.run(inputs, pool, decode, prefill, target=target)
 
 
 def _spec(inputs: DeltaInput, pool: Array, decode_rows: int) -> DeltaSpec:

@@ -6,6 +6,7 @@ block, solved at once (arXiv 2412.06464, section 3.3, and 2406.06484).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.products import product
-from pallas_kernels.states import DecodeStates, PrefillStates, replace_active, walk
+from pallas_kernels.states import DecodeStates, PrefillStates, advance, walk
+from pallas_kernels.target import Target
 
 if TYPE_CHECKING:
     from pallas_kernels.gated_delta.api import DeltaInput
@@ -22,9 +24,14 @@ BLOCK_TOKENS = 64  # the triangular system grows with its square
 
 
 def gated_delta(
-    inputs: DeltaInput, pool: Array, decode: DecodeStates, prefill: PrefillStates | None
+    inputs: DeltaInput,
+    pool: Array,
+    decode: DecodeStates,
+    prefill: PrefillStates | None,
+    target: Target,
+    advance: Callable[..., tuple[Array, Array]] = advance,
 ) -> tuple[Array, Array]:
-    """See `api.gated_delta`."""
+    """See `api.gated_delta`. advance: how decode rows are taken one token on."""
     num_decode = decode.rows.shape[0]
     group = inputs.v.shape[1] // inputs.k.shape[1]
     q, k, v = (a.astype(jnp.float32) for a in (inputs.q, inputs.k, inputs.v))
@@ -32,8 +39,9 @@ def gated_delta(
     per_token = (q, k, v, inputs.log_decay, inputs.beta)
     parts = []
     if num_decode:
-        out, states = _one_token(pool[decode.rows], *(a[:num_decode] for a in per_token))
-        pool = replace_active(pool, decode, states)
+        *vectors, log_decay, beta = (a[:num_decode] for a in per_token)
+        gates = (jnp.exp(log_decay)[..., None], beta[..., None])
+        out, pool = advance(pool, decode, (*vectors, *gates), one_token, target)
         parts.append(out)
     if prefill is not None:
         rest = tuple(a[num_decode:] for a in per_token)
@@ -44,12 +52,12 @@ def gated_delta(
     return out.astype(inputs.v.dtype), pool
 
 
-def _one_token(states: Array, q: Array, k: Array, v: Array, log_decay: Array, beta: Array) -> tuple[Array, Array]:
-    """[rows, heads, value_dim] and the states [rows, heads, key_dim, value_dim] after one token a row."""
-    states = states * jnp.exp(log_decay)[..., None, None]
-    known = jnp.sum(states * k[..., None], axis=2)
-    states = states + k[..., None] * ((v - known) * beta[..., None])[:, :, None]
-    return jnp.sum(states * q[..., None], axis=2), states
+def one_token(state: Array, q: Array, k: Array, v: Array, decay: Array, beta: Array) -> tuple[Array, Array]:
+    """[..., value_dim] and the state [..., key_dim, value_dim] after a token; decay and beta [..., 1]."""
+    state = state * decay[..., None]
+    known = jnp.sum(state * k[..., None], axis=-2)
+    state = state + k[..., None] * ((v - known) * beta)[..., None, :]
+    return jnp.sum(state * q[..., None], axis=-2), state
 
 
 def _block(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 from jax import Array
 
-from pallas_kernels.choice import Choice, Implementation, choose, never
+from pallas_kernels.choice import Choice, Implementation, choose, mosaic, never
 from pallas_kernels.ssd import reference
 from pallas_kernels.states import DecodeStates, PrefillStates
 from pallas_kernels.target import Target
@@ -44,7 +44,10 @@ class SSDSpec:
     dtype: str
 
 
-CANDIDATES: tuple[Implementation[SSDSpec], ...] = (Implementation("reference", never, reference.ssd),)
+CANDIDATES: tuple[Implementation[SSDSpec], ...] = (
+    mosaic("tpu", "pallas_kernels.ssd.tpu"),
+    Implementation("reference", never, reference.ssd),
+)
 
 
 def choice(spec: SSDSpec, target: Target) -> Choice[SSDSpec]:
@@ -60,7 +63,7 @@ def ssd(
     Decode rows come first on the token axis. The arithmetic is float32.
     """
     spec = _spec(inputs, pool, decode.rows.shape[0])
-    return choice(spec, target).implementation.run(inputs, pool, decode, prefill)
+    return choice(spec, target).implementation.run(inputs, pool, decode, prefill, target=target)
 
 
 def _spec(inputs: SSDInput, pool: Array, decode_rows: int) -> SSDSpec:

@@ -6,6 +6,7 @@ and the state before the block decayed to t (arXiv 2405.21060, section 6).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.products import product
-from pallas_kernels.states import DecodeStates, PrefillStates, replace_active, walk
+from pallas_kernels.states import DecodeStates, PrefillStates, advance, walk
+from pallas_kernels.target import Target
 
 if TYPE_CHECKING:
     from pallas_kernels.ssd.api import SSDInput
@@ -22,14 +24,23 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 128  # products inside a block grow with it, those with the state shrink
 
 
-def ssd(inputs: SSDInput, pool: Array, decode: DecodeStates, prefill: PrefillStates | None) -> tuple[Array, Array]:
-    """See `api.ssd`."""
+def ssd(
+    inputs: SSDInput,
+    pool: Array,
+    decode: DecodeStates,
+    prefill: PrefillStates | None,
+    target: Target,
+    advance: Callable[..., tuple[Array, Array]] = advance,
+) -> tuple[Array, Array]:
+    """See `api.ssd`. advance: how decode rows are taken one token on."""
     num_decode, x = decode.rows.shape[0], inputs.x
     per_token = tuple(a.astype(jnp.float32) for a in (x, inputs.b, inputs.c, inputs.dt))
     parts = []
     if num_decode:
-        out, states = _one_token(inputs.a, pool[decode.rows], *(a[:num_decode] for a in per_token))
-        pool = replace_active(pool, decode, states)
+        x, b, c, dt = (a[:num_decode] for a in per_token)
+        b, c = (jnp.repeat(a, x.shape[1] // a.shape[1], axis=1) for a in (b, c))
+        decay = jnp.exp(dt * inputs.a[None])
+        out, pool = advance(pool, decode, (x * dt[..., None], b, c, decay[..., None]), one_token, target)
         parts.append(out)
     if prefill is not None:
         rest = tuple(a[num_decode:] for a in per_token)
@@ -37,18 +48,14 @@ def ssd(inputs: SSDInput, pool: Array, decode: DecodeStates, prefill: PrefillSta
         out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, partial(_block, inputs.a))
         parts.append(out)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    return (out + per_token[0] * inputs.skip[None, :, None]).astype(x.dtype), pool
+    return (out + per_token[0] * inputs.skip[None, :, None]).astype(inputs.x.dtype), pool
 
 
-def _one_token(a: Array, states: Array, x: Array, b: Array, c: Array, dt: Array) -> tuple[Array, Array]:
-    """[rows, heads, head_dim] and the states [rows, heads, head_dim, state_dim] after one token a row."""
-    rows, groups, state_dim = b.shape
-    by_group = (rows, groups, -1)
-    decay = jnp.exp(dt * a[None]).reshape(*by_group, 1, 1)
-    added = (x * dt[..., None]).reshape(*by_group, x.shape[2], 1) * b[:, :, None, None]
-    states = states.reshape(*by_group, x.shape[2], state_dim) * decay + added
-    out = jnp.sum(states * c[:, :, None, None], axis=-1)
-    return out.reshape(x.shape), states.reshape(rows, *x.shape[1:], state_dim)
+def one_token(state: Array, x: Array, b: Array, c: Array, decay: Array) -> tuple[Array, Array]:
+    """[..., head_dim] and the state [..., head_dim, state_dim] after a token; x times dt, b and c of its group, decay
+    [..., 1]."""
+    state = state * decay[..., None] + x[..., None] * b[..., None, :]
+    return jnp.sum(state * c[..., None, :], axis=-1), state
 
 
 def _block(a: Array, state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:

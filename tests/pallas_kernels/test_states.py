@@ -40,11 +40,8 @@ class Op:
 
 
 CHANNELS, WIDTH = 6, 4
-HEADS, HEAD_DIM, STATE_DIM, GROUPS = 4, 5, 3, 2
-KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6, 5
 FIXED = np.random.default_rng(5)
 WEIGHT, BIAS = FIXED.normal(size=(WIDTH, CHANNELS)), FIXED.normal(size=CHANNELS)
-A, SKIP = -np.exp(FIXED.normal(size=HEADS)), FIXED.normal(size=HEADS)
 
 
 def f32(a: np.ndarray) -> Array:
@@ -60,47 +57,51 @@ def conv_run(tokens: Any, pool: Array, decode: DecodeStates, prefill: PrefillSta
     return short_conv.short_conv(tokens[0], pool, f32(WEIGHT), f32(BIAS), decode, prefill, target=CPU)
 
 
-def ssd_tokens(rng: np.random.Generator, n: int) -> Tokens:
-    sizes = ((HEADS, HEAD_DIM), (GROUPS, STATE_DIM), (GROUPS, STATE_DIM))
-    return *(rng.normal(size=(n, *size)) for size in sizes), np.exp(rng.normal(-1, 1, size=(n, HEADS)))
+def ssd_op(heads: int, head_dim: int, state_dim: int, groups: int, target: Target = CPU) -> Op:
+    a, skip = -np.exp(FIXED.normal(size=heads)), FIXED.normal(size=heads)
+
+    def tokens(rng: np.random.Generator, n: int) -> Tokens:
+        sizes = ((heads, head_dim), (groups, state_dim), (groups, state_dim))
+        return *(rng.normal(size=(n, *size)) for size in sizes), np.exp(rng.normal(-1, 1, size=(n, heads)))
+
+    def one(state: np.ndarray, token: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        x, b, c, dt = token
+        b, c = (np.repeat(each, heads // groups, axis=0) for each in (b, c))
+        state = state * np.exp(dt * a)[:, None, None] + np.einsum("h,hp,hn->hpn", dt, x, b)
+        return np.einsum("hpn,hn->hp", state, c) + skip[:, None] * x, state
+
+    def run(tokens: Any, pool: Array, decode: DecodeStates, prefill: PrefillStates | None) -> tuple[Array, Array]:
+        return ssd.ssd(ssd.SSDInput(*tokens, a=f32(a), skip=f32(skip)), pool, decode, prefill, target=target)
+
+    return Op((heads, head_dim, state_dim), tokens, run, one)
 
 
-def ssd_one(state: np.ndarray, token: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    x, b, c, dt = token
-    b, c = (np.repeat(a, HEADS // GROUPS, axis=0) for a in (b, c))
-    state = state * np.exp(dt * A)[:, None, None] + np.einsum("h,hp,hn->hpn", dt, x, b)
-    return np.einsum("hpn,hn->hp", state, c) + SKIP[:, None] * x, state
+def delta_op(key_heads: int, value_heads: int, key_dim: int, value_dim: int, target: Target = CPU) -> Op:
+    def tokens(rng: np.random.Generator, n: int) -> Tokens:
+        q, k = rng.normal(size=(2, n, key_heads, key_dim))
+        k = k + 2  # alike, so that tokens overwrite each other
+        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        gate = (n, value_heads)
+        return q, k, rng.normal(size=(*gate, value_dim)), -np.exp(rng.normal(-3, 1, size=gate)), rng.uniform(size=gate)
 
+    def one(state: np.ndarray, token: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        q, k, v, log_decay, beta = token
+        q, k = (np.repeat(each, value_heads // key_heads, axis=0) for each in (q, k))
+        state = state * np.exp(log_decay)[:, None, None]
+        delta = beta[:, None] * (v - np.einsum("hkv,hk->hv", state, k))
+        state = state + np.einsum("hk,hv->hkv", k, delta)
+        return np.einsum("hkv,hk->hv", state, q), state
 
-def ssd_run(tokens: Any, pool: Array, decode: DecodeStates, prefill: PrefillStates | None) -> tuple[Array, Array]:
-    return ssd.ssd(ssd.SSDInput(*tokens, a=f32(A), skip=f32(SKIP)), pool, decode, prefill, target=CPU)
+    def run(tokens: Any, pool: Array, decode: DecodeStates, prefill: PrefillStates | None) -> tuple[Array, Array]:
+        return gated_delta.gated_delta(gated_delta.DeltaInput(*tokens), pool, decode, prefill, target=target)
 
-
-def delta_tokens(rng: np.random.Generator, n: int) -> Tokens:
-    q, k = rng.normal(size=(2, n, KEY_HEADS, KEY_DIM))
-    k = k + 2  # alike, so that tokens overwrite each other
-    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    gate = (n, VALUE_HEADS)
-    return q, k, rng.normal(size=(*gate, VALUE_DIM)), -np.exp(rng.normal(-3, 1, size=gate)), rng.uniform(size=gate)
-
-
-def delta_one(state: np.ndarray, token: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    q, k, v, log_decay, beta = token
-    q, k = (np.repeat(a, VALUE_HEADS // KEY_HEADS, axis=0) for a in (q, k))
-    state = state * np.exp(log_decay)[:, None, None]
-    delta = beta[:, None] * (v - np.einsum("hkv,hk->hv", state, k))
-    state = state + np.einsum("hk,hv->hkv", k, delta)
-    return np.einsum("hkv,hk->hv", state, q), state
-
-
-def delta_run(tokens: Any, pool: Array, decode: DecodeStates, prefill: PrefillStates | None) -> tuple[Array, Array]:
-    return gated_delta.gated_delta(gated_delta.DeltaInput(*tokens), pool, decode, prefill, target=CPU)
+    return Op((value_heads, key_dim, value_dim), tokens, run, one)
 
 
 OPS = {
     "short_conv": Op(((WIDTH - 1) * CHANNELS,), lambda rng, n: (rng.normal(size=(n, CHANNELS)),), conv_run, conv_one),
-    "ssd": Op((HEADS, HEAD_DIM, STATE_DIM), ssd_tokens, ssd_run, ssd_one),
-    "gated_delta": Op((VALUE_HEADS, KEY_DIM, VALUE_DIM), delta_tokens, delta_run, delta_one),
+    "ssd": ssd_op(4, 5, 3, 2),
+    "gated_delta": delta_op(2, 4, 6, 5),
 }
 
 
@@ -110,6 +111,8 @@ class Case:
 
     name: str
     decode: tuple[bool, ...] = ()  # active
+    nobodys: int = 0  # idle decode rows behind them, which share pool row 7
+    decode_copies: tuple[bool, ...] = ()  # decode row r copies to pool row 8 + r
     lens: tuple[int, ...] | None = None  # of chunks; None: a decode step
     sources: tuple[int, ...] = ()
     copies: tuple[int, ...] = ()  # tokens after which a copy is taken; 0: none
@@ -120,6 +123,7 @@ CASES = (
     Case("decode", decode=(True, False, True)),
     Case("continues", lens=(7, 1, 3, 20), sources=(4, 5, 8, -1), copies=(0, 1, 2, 16), padding=5),
     Case("mixed", decode=(True, True, False), lens=(9, 4, 0), sources=(-1, 10, 0), copies=(9, 0, 0), padding=3),
+    Case("idle", decode=(True, False, True), nobodys=3, decode_copies=(True, True, False)),
     Case("blocks", lens=(300, 129, 2), sources=(-1, 5, -1), copies=(130, 64, 0), padding=40),
 )
 
@@ -162,7 +166,7 @@ def jitted(op: Op) -> Any:
 
 def fill(op: Op, case: Case, seed: int = 0) -> Call:
     rng = np.random.default_rng([zlib.crc32(case.name.encode()), seed])
-    lens, num_decode = case.lens or (), len(case.decode)
+    lens, num_decode = case.lens or (), len(case.decode) + case.nobodys
     total = num_decode + sum(lens) + case.padding
     tokens = op.tokens(rng, total)
     states = rng.normal(size=(POOL, *op.state))
@@ -181,6 +185,8 @@ def fill(op: Op, case: Case, seed: int = 0) -> Call:
     for row, active in enumerate(case.decode):
         if active:
             after[row] = feed(row, states[row])
+            if any(case.decode_copies[row : row + 1]):
+                after[8 + row] = after[row]
     start = num_decode
     for row, count in enumerate(lens):
         state = states[case.sources[row]] if case.sources[row] >= 0 else np.zeros(op.state)
@@ -206,7 +212,11 @@ def indices(case: Case) -> tuple[DecodeStates, PrefillStates | None]:
     def ints(values: Any) -> Array:
         return jnp.asarray(np.asarray(values, np.int32).reshape(-1))
 
-    decode = DecodeStates(ints(range(len(case.decode))), jnp.asarray(np.asarray(case.decode, bool)))
+    idle = (False,) * case.nobodys
+    rows = (*range(len(case.decode)), *(7 for _ in idle))
+    to = [8 + row if copied else -1 for row, copied in enumerate(case.decode_copies)] + [-1 for _ in idle]
+    copy_to = ints(to) if case.decode_copies else None
+    decode = DecodeStates(ints(rows), jnp.asarray(np.asarray((*case.decode, *idle), bool)), copy_to)
     if case.lens is None:
         return decode, None
     copies = [8 + row if at else -1 for row, at in enumerate(case.copies)]
@@ -297,15 +307,11 @@ def test_the_inverse_is_stable_where_powers_are_not() -> None:
     np.testing.assert_allclose(jax.jit(unit_lower_inverse)(f32(matrix))[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("op", "choose"), [
-    ("short_conv", lambda target: short_conv.choice(short_conv.ConvSpec(1, 2, 6, 4, "float32"), target)),
-    ("ssd", lambda target: ssd.choice(ssd.SSDSpec(1, 2, 4, 5, 3, 2, "float32"), target)),
-    ("gated_delta", lambda target: gated_delta.choice(gated_delta.DeltaSpec(1, 2, 2, 4, 6, 5, "float32"), target)),
-])  # fmt: skip
-def test_an_implementation_asked_for_by_name_never_falls_back(op: str, choose: Callable[[Target], Any]) -> None:
-    assert str(choose(Target("tpu", "v6e"))) == f"{op}: reference"
-    with pytest.raises(ValueError, match=f"{op} has no implementation 'tpu'"):
-        choose(Target("tpu", "v6e", ((op, "tpu"),)))
+def test_an_implementation_asked_for_by_name_never_falls_back() -> None:
+    spec = short_conv.ConvSpec(1, 2, 6, 4, "float32")
+    assert str(short_conv.choice(spec, Target("tpu", "v6e"))) == "short_conv: reference"
+    with pytest.raises(ValueError, match="short_conv has no implementation 'tpu'"):
+        short_conv.choice(spec, Target("tpu", "v6e", (("short_conv", "tpu"),)))
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -1,0 +1,21 @@
+"""The gated delta rule on a TPU: decode rows in their places in the pool, prompts as plain JAX has them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pallas_kernels import states_tpu
+from pallas_kernels.gated_delta import reference
+from pallas_kernels.target import Target
+
+if TYPE_CHECKING:
+    from pallas_kernels.gated_delta.api import DeltaSpec
+
+
+def declines(spec: DeltaSpec, target: Target) -> str | None:
+    """Why this kernel does not serve a call; None: it does."""
+    return states_tpu.declines(spec.decode_rows, spec.value_heads, (spec.key_dim, spec.value_dim), target)
+
+
+run = partial(reference.gated_delta, advance=states_tpu.advance)
