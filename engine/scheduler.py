@@ -18,7 +18,7 @@ from engine.errors import CapacityError, ContextOverflow
 from engine.outcome import Outcome, collect_prompt_logprobs, row_event
 from engine.plan import DecodeResult, DecodeRow, DecodeRows, PrefillRow, RowResult, StateMove, StepPlan, StepResult
 from engine.prefix_cache import Match, NoPrefixCache, PrefixCache
-from engine.request import FinishReason, Request, TokenEvent
+from engine.request import FinishReason, Request, TokenEvent, made
 from engine.sequence import Sequence, State
 from engine.speculation import Speculation
 from engine.stats import Counters
@@ -376,16 +376,16 @@ class Scheduler:
     def _commit_decode(self, rows: DecodeRows, result: DecodeResult) -> list[TokenEvent | None]:
         events: list[TokenEvent | None] = []
         columns = zip(rows.seqs, rows.counts, result.num_drawn.tolist(), result.tokens.tolist(), strict=True)
-        may_end = bool(result.faulty.any())
+        is_faulty = bool(result.faulty.any())
         num_smooth = 0
         for i, (seq, launched, count, drawn) in enumerate(columns):
             tokens = drawn if count == len(drawn) else drawn[:count]
             known = seq.token_ids
             if (
-                may_end
-                or count < launched
+                count < launched
                 or len(known) + count >= seq.smooth_len
                 or not seq.stop_ids.isdisjoint(tokens)
+                or is_faulty
             ):
                 events.append(self._commit_row(seq, result[i], launched, rows[i]))
                 continue
@@ -393,7 +393,18 @@ class Scheduler:
             num_smooth += count
             if len(known) >= seq.full_page_len:
                 self._register(seq, len(known) - 1)
-            events.append(TokenEvent(seq.request.request_id, seq.index, tuple(tokens), seq.num_cached_tokens))
+            news = (
+                seq.request.request_id,
+                seq.index,
+                tuple(tokens),
+                seq.num_cached_tokens,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
+            events.append(made(TokenEvent, news))
         self.counters.generation_tokens += num_smooth
         return events
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from engine.request import FinishReason, SamplingParams, TextDelta, TokenEvent, TokenLogprobs
+from engine.request import FinishReason, SamplingParams, TextDelta, TokenEvent, TokenLogprobs, made
 from engine.text.tokenizer import Tokenizer
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -96,14 +96,20 @@ class TextStream:
         Tokens after the one that completes a stop string are cut as the text is, so that a result
         does not depend on how many tokens came in one event.
         """
-        if self._smooth and event.finish_reason is None:
-            try:
-                text = "".join(map(self._text_of, event.token_ids))  # type: ignore[arg-type]
-            except TypeError:  # one of them is None, a part of a character
-                pass
-            else:
-                return TextDelta(event.request_id, event.index, text, *event[2:6])
+        request_id, index, token_ids, num_cached, logprobs, prompt_logprobs, finish_reason, _, _ = event
+        if self._smooth and finish_reason is None:
+            text = self._text_of(token_ids[0]) if len(token_ids) == 1 else self._joined(token_ids)
+            if text is not None:
+                shown = (request_id, index, text, token_ids, num_cached, logprobs, prompt_logprobs, None, None, None)
+                return made(TextDelta, shown)
         return self._push_rough(event)
+
+    def _joined(self, token_ids: tuple[int, ...]) -> str | None:
+        """Their texts; None where one is a part of a character."""
+        try:
+            return "".join(map(self._text_of, token_ids))  # type: ignore[arg-type]
+        except TypeError:
+            return None
 
     def _push_rough(self, event: TokenEvent) -> TextDelta:
         """Of any event and state."""
