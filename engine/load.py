@@ -20,7 +20,7 @@ import numpy as np
 from engine.batch import StepKey, lattice
 from engine.bundle import bundle_of, fits
 from engine.config import EngineConfig, EngineOptions, cache_root
-from engine.device import device_facts, give_back_memory
+from engine.device import device_facts, give_back_memory, keep_memory
 from engine.errors import CapacityError, InvalidParam, ModelError
 from engine.executables import (
     Compiling,
@@ -94,6 +94,7 @@ def load_engine(
         counters=runner.counters,
         layouts=layouts(options, runner, device_facts(), caches(options, runner.model)) if replica is None else None,
     )
+    keep_memory()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     runner.counters.ready = True

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.bundle import bundle_of, fits
 from engine.config import EngineOptions, cache_root
-from engine.device import device_facts
+from engine.device import device_facts, keep_memory
 from engine.errors import CapacityError, InvalidParam, ModelError
 from engine.executables import NoProgramCache, Program, ProgramCache, Report, compile_all, count_compiles
 from engine.json_file import read_json
@@ -91,6 +91,7 @@ def load_pooling_engine(
         model_name=display_name(options.model),
         counters=counters,
     )
+    keep_memory()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not walk it
     counters.ready = True
