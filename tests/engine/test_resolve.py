@@ -261,4 +261,4 @@ def test_pages_without_keys_are_only_counted() -> None:
 
 def test_recurrent_ops_have_a_choice() -> None:
     lines = kernel_choices(STATE_SPACE, with_states())
-    assert {"short_conv: reference", "ssd: reference"} <= set(lines)
+    assert {"short_conv: reference", "ssd: reference (tpu: for tpu)"} <= set(lines)
