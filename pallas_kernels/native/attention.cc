@@ -66,10 +66,10 @@ inline void finish(const Attention& a, const State& s, int64_t r, int64_t query,
   }
 }
 
-// Whether queries and pages are multiplied as they are.
+// Whether queries and pages are multiplied in bfloat16, which has int8's numbers exactly.
 inline bool in_pairs(const Attention& a) {
 #ifdef __AVX512BF16__
-  return a.q_is_bfloat16 && a.type == Type::kBFloat16 && a.head_dim % (2 * kLanes) == 0 && a.head_dim <= kPairDim &&
+  return a.q_is_bfloat16 && a.type != Type::kFloat32 && a.head_dim % (2 * kLanes) == 0 && a.head_dim <= kPairDim &&
          a.value_dim % (2 * kLanes) == 0;
 #else
   return false;
@@ -127,6 +127,11 @@ inline void find(const Attention& a, const Queries& t, int64_t first, int64_t co
   });
   if constexpr (sizeof(W) == 1)
     for (int64_t j = count; j < kKeys; ++j) block.key_scale[j] = block.value_scale[j] = 0;
+}
+
+// How many of them its first block has.
+inline int64_t first_keys(const Keys& k) {
+  return smaller(k.first / kKeys * kKeys + kKeys, k.queries.position + k.queries.count) - k.first;
 }
 
 inline int64_t kv_heads_of(const Attention& a, const Queries& t) {
@@ -302,12 +307,13 @@ inline void pair_dots(const uint16_t* const* x, int64_t dim, const uint32_t* key
 }
 
 // Keys [kKeys, dim] in pairs of columns, [dim / 2, kKeys]; keys that are not there are 0.
-inline void pair_keys(const Block<uint16_t>& block, int64_t dim, uint32_t* to, Next& next) {
+template <typename W>
+inline void pair_keys(const Block<W>& block, int64_t dim, uint32_t* to, Next& next) {
   for (int64_t d = 0; d < dim; d += 2 * kLanes)
     for (int64_t first = 0; first < block.count; first += kLanes) {
       __m512i key[kLanes];
       for (int64_t j = 0; j < kLanes; ++j) {
-        key[j] = first + j < block.count ? _mm512_loadu_si512(block.key[first + j] + d) : _mm512_setzero_si512();
+        key[j] = first + j < block.count ? halves(block.key[first + j] + d) : _mm512_setzero_si512();
         next.turn();
       }
       transpose(key);
@@ -316,15 +322,15 @@ inline void pair_keys(const Block<uint16_t>& block, int64_t dim, uint32_t* to, N
 }
 
 // values[r] += weights[r] @ the block's values, kWide columns of them.
-template <int kRows>
-inline void pair_weigh(const uint16_t* weights, const Block<uint16_t>& block, int64_t column, float* values, int64_t dim,
+template <int kRows, typename W>
+inline void pair_weigh(const uint16_t* weights, const Block<W>& block, int64_t column, float* values, int64_t dim,
                        Next& next) {
   Vec sum[kRows][2];
   for (int r = 0; r < kRows; ++r)
     in_pair_order(read<Vec>(values + r * dim + column), read<Vec>(values + r * dim + column + kLanes), sum[r]);
   for (int64_t j = 0; j < block.count; j += 2) {
-    const __m512i even = _mm512_loadu_si512(block.value[j] + column);
-    const __m512i odd = j + 1 < block.count ? _mm512_loadu_si512(block.value[j + 1] + column) : _mm512_setzero_si512();
+    const __m512i even = halves(block.value[j] + column);
+    const __m512i odd = j + 1 < block.count ? halves(block.value[j + 1] + column) : _mm512_setzero_si512();
     const __m512i pairs[2] = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
     next.turn(), next.turn();
     for (int r = 0; r < kRows; ++r) {
@@ -340,9 +346,10 @@ inline void pair_weigh(const uint16_t* weights, const Block<uint16_t>& block, in
   }
 }
 
-// As `fold`, of bfloat16 queries and pages: by pairs, weights rounded to bfloat16.
-inline void fold_pairs(const Attention& a, const Queries& t, const Block<uint16_t>& block, float* scratch,
-                       const State& s, Next& next) {
+// As `fold`, of bfloat16 queries and bfloat16 or int8 pages: by pairs, weights rounded to bfloat16.
+template <typename W>
+inline void fold_pairs(const Attention& a, const Queries& t, const Block<W>& block, float* scratch, const State& s,
+                       Next& next) {
   const int64_t rows = t.count * t.num_heads;
   alignas(64) static thread_local uint16_t weights[kTaskRows * kKeys];
   alignas(64) static thread_local uint32_t keys[kPairDim / 2 * kKeys];
@@ -388,7 +395,7 @@ inline void fold_block(const Attention& a, const Queries& t, const Block<W>& blo
                        float* scratch, Next& next) {
   float *scores = scratch, *panel = scratch + kTaskRows * kKeys;
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<W, uint16_t>)
+  if constexpr (!std::is_same_v<W, float>)
     if (in_pairs(a)) return fold_pairs(a, t, block, scores, s, next);
 #endif
   while (next.row < next.count) next.turn();
@@ -400,13 +407,15 @@ inline void fold_block(const Attention& a, const Queries& t, const Block<W>& blo
 
 // Folds keys [begin, end), begin a multiple of kKeys, into a state that was cleared.
 template <typename W>
-void fold_range(const Attention& a, const Queries& t, int64_t begin, int64_t end, const float* q, const State& s,
-                float* scratch) {
+void fold_range(const Attention& a, const Queries& t, int64_t begin, int64_t end, const Keys* after, const float* q,
+                const State& s, float* scratch) {
   const int64_t kv_heads = kv_heads_of(a, t), heads = t.num_heads / kv_heads;
   Block<W> block;
   Next next;
   for (int64_t first = begin; first < end; first += kKeys) {
-    find_next<W>(a, t, first + kKeys, larger(smaller(kKeys, end - first - kKeys), 0), next);
+    if (first + kKeys < end) find_next<W>(a, t, first + kKeys, smaller(kKeys, end - first - kKeys), next);
+    else if (after != nullptr) find_next<W>(a, after->queries, after->first, first_keys(*after), next);
+    else next.row = next.count = 0;
     for (int64_t head = 0; head < t.num_heads; head += heads) {
       Queries one = t;
       one.head += head, one.num_heads = heads;
@@ -417,12 +426,12 @@ void fold_range(const Attention& a, const Queries& t, int64_t begin, int64_t end
   }
 }
 
-void fold_keys(const Attention& a, const Queries& t, int64_t begin, int64_t end, const float* q, const State& s,
-               float* scratch) {
+void fold_keys(const Attention& a, const Queries& t, int64_t begin, int64_t end, const Keys* after, const float* q,
+               const State& s, float* scratch) {
   switch (a.type) {
-    case Type::kFloat32: return fold_range<float>(a, t, begin, end, q, s, scratch);
-    case Type::kBFloat16: return fold_range<uint16_t>(a, t, begin, end, q, s, scratch);
-    case Type::kInt8: return fold_range<int8_t>(a, t, begin, end, q, s, scratch);
+    case Type::kFloat32: return fold_range<float>(a, t, begin, end, after, q, s, scratch);
+    case Type::kBFloat16: return fold_range<uint16_t>(a, t, begin, end, after, q, s, scratch);
+    case Type::kInt8: return fold_range<int8_t>(a, t, begin, end, after, q, s, scratch);
     case Type::kInt4: return;  // no pages are
   }
 }
@@ -434,7 +443,7 @@ inline int64_t first_key(const Attention& a, const Queries& t) {
 
 }  // namespace
 
-void attend(const Attention& a, const Queries& t, float* scratch) {
+void attend(const Attention& a, const Queries& t, const Keys* after, float* scratch) {
   const int64_t rows = t.count * t.num_heads, end = t.position + t.count;
   float* q = scratch;
   const State all = state_at(q + kTaskRows * a.head_dim, rows);
@@ -442,20 +451,22 @@ void attend(const Attention& a, const Queries& t, float* scratch) {
   float* rest = q + kTaskRows * a.head_dim + 2 * state_floats(a, kTaskRows);
   widen_queries(a, t, q);
   clear(a, all, rows);
-  for (int64_t begin = first_key(a, t); begin < end; begin = (begin / kPart + 1) * kPart) {
+  for (int64_t begin = first_key(a, t), next; begin < end; begin = next) {
+    next = (begin / kPart + 1) * kPart;
+    const Keys own{t, next};
     clear(a, part, rows);
-    fold_keys(a, t, begin, smaller((begin / kPart + 1) * kPart, end), q, part, rest);
+    fold_keys(a, t, begin, smaller(next, end), next < end ? &own : after, q, part, rest);
     for (int64_t r = 0; r < rows; ++r) join(a, all, part, r);
   }
   for (int64_t r = 0; r < rows; ++r) finish(a, all, r, t.token + r / t.num_heads, t.head + r % t.num_heads);
 }
 
-void attend_part(const Attention& a, const Queries& t, int64_t part, float* state, float* scratch) {
+void attend_part(const Attention& a, const Queries& t, int64_t part, const Keys* after, float* state, float* scratch) {
   const State s = state_at(state, t.num_heads);
   widen_queries(a, t, scratch);
   clear(a, s, t.num_heads);
   const int64_t begin = larger(first_key(a, t), part * kPart), end = smaller((part + 1) * kPart, t.position + 1);
-  fold_keys(a, t, begin, end, scratch, s, scratch + kTaskRows * a.head_dim);
+  fold_keys(a, t, begin, end, after, scratch, s, scratch + kTaskRows * a.head_dim);
 }
 
 void merge(const Attention& a, const Queries& t, int64_t parts, float* states) {

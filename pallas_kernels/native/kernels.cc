@@ -8,8 +8,8 @@ void rounded_columns(const Matmul&, int64_t begin, int64_t end);
 void round(const Rounded&, int64_t begin, int64_t end);
 void gate(const Gate&, int64_t begin, int64_t end);
 void norm(const Norm&, int64_t begin, int64_t end);
-void attend(const Attention&, const Queries&, float* scratch);
-void attend_part(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
+void attend(const Attention&, const Queries&, const Keys* after, float* scratch);
+void attend_part(const Attention&, const Queries&, int64_t part, const Keys* after, float* state, float* scratch);
 void merge(const Attention&, const Queries&, int64_t parts, float* states);
 
 #ifdef __AVX512BF16__

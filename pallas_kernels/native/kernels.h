@@ -39,6 +39,7 @@ struct Matmul {
   const void* offsets;  // the same, or null: 0, of kInt4 -8 * scale
   Type scales_type;     // kFloat32 or kBFloat16
   int64_t group;        // even for kInt4
+  int64_t after;        // column where the thread is likely to go on when it is through; n: nowhere
 };
 
 // out[i] = x[2 * i] * sigmoid(x[2 * i]) * x[2 * i + 1], each of `block` numbers, all of one type.
@@ -86,6 +87,12 @@ struct Queries {
   int64_t head, num_heads;
 };
 
+// Keys from position `first` on that queries see.
+struct Keys {
+  Queries queries;
+  int64_t first;
+};
+
 constexpr int64_t kPart = 512;     // keys folded on their own, from a multiple of it; then parts are merged in order
 constexpr int64_t kTaskRows = 32;  // queries times heads of one call
 constexpr int64_t kMostKeys = 64;  // folded at once, by whoever takes the most
@@ -106,10 +113,11 @@ struct Kernels {
   void (*round)(const Rounded&, int64_t begin, int64_t end);
   void (*gate)(const Gate&, int64_t begin, int64_t end);       // of blocks, whose size is a multiple of half of `lanes`
   void (*norm)(const Norm&, int64_t begin, int64_t end);       // of rows, likewise
-  // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own.
-  void (*attend)(const Attention&, const Queries&, float* scratch);
+  // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own; after: whose keys the
+  // thread reads next, or null.
+  void (*attend)(const Attention&, const Queries&, const Keys* after, float* scratch);
   // What one query sees of keys [kPart * part, kPart * (part + 1)), into state_floats of num_heads rows.
-  void (*attend_part)(const Attention&, const Queries&, int64_t part, float* state, float* scratch);
+  void (*attend_part)(const Attention&, const Queries&, int64_t part, const Keys* after, float* state, float* scratch);
   // One query's result from the states of its parts, one behind the other; the first is overwritten.
   void (*merge)(const Attention&, const Queries&, int64_t parts, float* states);
 };

@@ -300,11 +300,13 @@ inline void pair_tile(const Matmul& m, int64_t row, const uint16_t* w, int64_t w
 // kUnits * kWide columns from c on. Few rows take them from memory as they come; more would wait for each part in
 // their first tile and for nothing in the others, so all of them fetch the part that follows.
 template <int kUnits>
-inline void pair_columns(const Matmul& m, int64_t c) {
+inline void pair_columns(const Matmul& m, int64_t c, int64_t next) {
   constexpr int kMost = kUnits == 1 ? kTileRows : kTileRows / 2;
-  const uint16_t* w = static_cast<const uint16_t*>(m.w) + place(m.in_panels, m.k, m.n, 0, c);
+  const uint16_t* all = static_cast<const uint16_t*>(m.w);
+  const uint16_t* w = all + place(m.in_panels, m.k, m.n, 0, c);
   const int64_t w_stride = m.in_panels ? kPanel : m.n, tiles = (m.tokens + kMost - 1) / kMost;
-  Ahead ahead{reinterpret_cast<const char*>(w + m.k * kPanel), 2 * kPanel * int64_t{sizeof(*w)} / (kTurns * tiles)};
+  Ahead ahead{reinterpret_cast<const char*>(all + place(m.in_panels, m.k, m.n, 0, next)),
+              2 * kPanel * int64_t{sizeof(*w)} / (kTurns * tiles)};
   const bool fetch = m.in_panels && tiles > 1;
   in_heights<kMost>(m.tokens, [&](auto height, int64_t r) {
     if (fetch) pair_tile<height, kUnits, true>(m, r, w, w_stride, c, ahead);
@@ -314,8 +316,8 @@ inline void pair_columns(const Matmul& m, int64_t c) {
 
 void paired(const Matmul& m, int64_t begin, int64_t end) {
   int64_t c = begin;
-  for (; c + kPanel <= end; c += kPanel) pair_columns<2>(m, c);
-  for (; c < end; c += kWide) pair_columns<1>(m, c);
+  for (; c + kPanel <= end; c += kPanel) pair_columns<2>(m, c, c + kPanel < end ? c + kPanel : m.after);
+  for (; c < end; c += kWide) pair_columns<1>(m, c, m.after);
 }
 
 // Pairs of rows of w as bfloat16, exactly: kVecs vectors of columns, each with both of a column's numbers.

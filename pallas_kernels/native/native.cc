@@ -209,6 +209,7 @@ static ffi::Error by_columns(ffi::ThreadPool& pool, const Kernels& kernels, cons
   run_all(pool, (m.n + width - 1) / width * parts, [&](int64_t i) {
     const int64_t t = i % parts * kTaskTokens, c = i / parts * width;
     Matmul task = m;
+    task.after = std::min((i + threads_of(pool)) / parts * width, m.n);
     task.tokens = std::min(kTaskTokens, m.tokens - t);
     if (m.narrow_y != nullptr) task.narrow_y += t * m.n;
     else task.y += t * m.n;
@@ -397,9 +398,9 @@ static ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
   std::vector<Part> parts;
   std::vector<int64_t> states(tasks.size());
   int64_t floats = 0;
+  const auto first_key = [&](const Queries& task) { return a.window ? std::max<int64_t>(task.position - a.window + 1, 0) : 0; };
   for (size_t i = 0; i < tasks.size(); ++i) {
-    const int64_t first = a.window ? std::max<int64_t>(tasks[i].position - a.window + 1, 0) / kPart : 0;
-    const int64_t last = tasks[i].position / kPart;
+    const int64_t first = first_key(tasks[i]) / kPart, last = tasks[i].position / kPart;
     states[i] = floats;
     for (int64_t p = first; p <= last; ++p) {
       parts.push_back({static_cast<int64_t>(i), p, first == last ? -1 : floats});
@@ -410,8 +411,15 @@ static ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
   run_all(pool, parts.size(), [&](int64_t i) {
     const Part& part = parts[i];
     const Queries& task = tasks[part.task];
-    if (part.state < 0) kernels->attend(a, task, scratch_of(a));
-    else kernels->attend_part(a, task, part.part, memory.data() + part.state, scratch_of(a));
+    const size_t next = i + threads_of(pool);  // what this thread is likely to take after this
+    Keys keys{};
+    if (next < parts.size()) {
+      keys.queries = tasks[parts[next].task];
+      keys.first = std::max(parts[next].part * kPart, first_key(keys.queries));
+    }
+    const Keys* after = next < parts.size() ? &keys : nullptr;
+    if (part.state < 0) kernels->attend(a, task, after, scratch_of(a));
+    else kernels->attend_part(a, task, part.part, after, memory.data() + part.state, scratch_of(a));
   });
   for (size_t i = 0; i < tasks.size(); ++i) {
     const int64_t end = i + 1 < tasks.size() ? states[i + 1] : floats;
@@ -440,7 +448,7 @@ static ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer
     add_tasks(a, {row, start, len, positions.typed_data()[row], 0, 0}, tasks);
   }
   zero(a, next, q.dimensions()[0]);
-  run_all(pool, tasks.size(), [&](int64_t i) { kernels->attend(a, tasks[i], scratch_of(a)); });
+  run_all(pool, tasks.size(), [&](int64_t i) { kernels->attend(a, tasks[i], nullptr, scratch_of(a)); });
   return ffi::Error::Success();
 }
 

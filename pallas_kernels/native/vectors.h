@@ -170,7 +170,7 @@ inline Vec exponential(Vec x) {
   return x < floor ? Vec{} : result;
 }
 
-// one(height, r) for tiles of `rows` rows, r the first of a tile: of kMost, then of 4, if that is less, 2 and 1. Two
+// one(height, r) for tiles of `rows` rows, r the first of a tile: of kMost, then of 4 and 3 if that is more, 2 and 1. Two
 // vectors wide these are at least eight sums at once where they can be, which hides a product's latency.
 template <int kMost, typename One>
 inline void in_heights(int64_t rows, One one) {
@@ -180,6 +180,8 @@ inline void in_heights(int64_t rows, One one) {
     for (; rows - r >= kMost && rows - r != kMost + kPoor; r += kMost) one(std::integral_constant<int, kMost>(), r);
   if constexpr (kMost >= 4)
     for (; rows - r >= 4; r += 4) one(std::integral_constant<int, 4>(), r);
+  if constexpr (kMost > 4)
+    if (rows - r == 3) return one(std::integral_constant<int, 3>(), r);
   for (; rows - r >= 2; r += 2) one(std::integral_constant<int, 2>(), r);
   if (r < rows) one(std::integral_constant<int, 1>(), r);
 }
@@ -188,6 +190,12 @@ inline void in_heights(int64_t rows, One one) {
 // Pairs of bfloat16 that the processor multiplies and adds to a float32, denormal numbers taken as 0.
 inline Vec add_pairs(Vec sum, __m512i x, __m512i w) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+}
+
+// 32 numbers in bfloat16.
+inline __m512i halves(const uint16_t* w) { return _mm512_loadu_si512(w); }
+inline __m512i halves(const int8_t* w) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)widen(w + kLanes), (__m512)widen(w));
 }
 
 // Two rows of 32 bfloat16 beside each other, as unpacking leaves them: the first register has columns 0-3, 8-11, 16-19
