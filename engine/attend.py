@@ -18,7 +18,7 @@ from engine.model.config import Latent, LayerSpec, ModelConfig
 from engine.model.mixers import AttentionInput, RecurrentInput
 from engine.model.place import Place
 from engine.pages import TRASH_PAGE
-from engine.recur import LayerStates, StatesView, recur
+from engine.recur import LayerStates, StatesView, Tried, recur
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.latent_attention import expanded_prefill
@@ -120,10 +120,10 @@ class Memory:
         view: CacheView,
         cache: Array | LayerStates,
         brought: AttentionInput | RecurrentInput,
-    ) -> tuple[Array, Array | LayerStates]:
+    ) -> tuple[Array, Array | LayerStates | Tried]:
         """(values, what the layer keeps). See `engine.model.mixers.Attend`."""
         if isinstance(brought, RecurrentInput) and isinstance(cache, LayerStates):
-            return recur(view.states, cache, brought, self.place.target)
+            return recur(config, layer, view.states, cache, brought, self.place.target)
         if isinstance(brought, AttentionInput) and isinstance(cache, Array):
             return self._attend(config, layer, view, cache, brought)
         raise TypeError(f"a {layer.mixer} layer brings {type(brought).__name__} to {type(cache).__name__}")

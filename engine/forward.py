@@ -17,14 +17,14 @@ from engine.model.config import ModelConfig
 from engine.model.layers import Params
 from engine.model.place import Place
 from engine.pages import TRASH_PAGE
-from engine.recur import LayerStates
+from engine.recur import LayerStates, Tried
 from engine.slots import Slots
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.target import Target
 from sharding.shards import WHOLE, Shards
 
 # What each layer keeps: pages [pages, page_size, layout.width], see `pallas_kernels.kv_layout`, or states.
-KV = tuple[Array | LayerStates, ...]
+KV = tuple[Array | LayerStates | Tried, ...]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -55,13 +55,13 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     model, layout = compute.model, compute.kv
     yield from _gated_choices(model, config)
     yield from _norm_choices(model, config)
-    for key in (in_one_turn(config, key) for key in lattice(config)):
-        tokens = key.tokens + key.rows
+    for turn in (one_turn(config, key) for key in lattice(config)):
+        tokens = turn.decode_rows + turn.chunk_tokens
         for spec in dict.fromkeys(model.layers):
             if spec.recurrent:
-                yield from _recurrent_choices(model, config, key)
+                yield from _recurrent_choices(model, config, turn)
                 continue
-            yield from _attention_choices(model, config, layout, spec, key)
+            yield from _attention_choices(model, config, layout, spec, turn)
             yield kv_write.choice(kv_write.WriteSpec(tokens, config.part_size, layout), config.target)
         for rows, weight in matmuls:
             x = jax.ShapeDtypeStruct((tokens * rows, weight.shape[-2]), jnp.dtype(config.dtype))
@@ -102,11 +102,25 @@ def _norm_choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
         yield rms_norm.choice(NormSpec(size, dtype, config.shards.num_devices), config.target)
 
 
-def in_one_turn(config: EngineConfig, key: StepKey) -> StepKey:
-    """What layers see of a step: all of it, or in stages one micro-batch."""
+@dataclass(frozen=True)
+class Turn:
+    """What layers see of a step."""
+
+    decode_rows: int
+    chunk_tokens: int
+    chunks: int
+
+
+def one_turn(config: EngineConfig, key: StepKey) -> Turn:
+    """All of a step, or in stages one micro-batch; rows that verify proposed tokens are chunks."""
     stages = config.shards.count("layers")
-    micro = micro_of(stages, key.rows, key.tokens)
-    return key if stages == 1 else replace(key, tokens=micro.tokens, rows=micro.rows)
+    rows, tokens, chunks = key.rows, key.tokens, config.max_prefill_rows
+    if key.drafts:
+        rows, tokens, chunks = 0, key.rows * (key.drafts + 1), key.rows
+    if stages > 1:
+        micro = micro_of(stages, rows, tokens)
+        rows, tokens = micro.rows, micro.tokens
+    return Turn(rows, tokens, chunks)
 
 
 def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
@@ -123,12 +137,12 @@ def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
     return found
 
 
-def _recurrent_choices(model: ModelConfig, config: EngineConfig, key: StepKey) -> Iterator[Choice]:
+def _recurrent_choices(model: ModelConfig, config: EngineConfig, turn: Turn) -> Iterator[Choice]:
     """Of the ops of a recurrent layer in one program."""
     sizes = model.recurrence
     if sizes is None:
         raise ValueError(f"{model.family} has no recurrent layers")
-    rows = (key.rows, key.tokens)
+    rows = (turn.decode_rows, turn.chunk_tokens)
     conv = short_conv.ConvSpec(*rows, sizes.conv_channels, sizes.conv_width, config.dtype)
     yield short_conv.choice(conv, config.target)
     if isinstance(sizes, DeltaRule):
@@ -140,7 +154,7 @@ def _recurrent_choices(model: ModelConfig, config: EngineConfig, key: StepKey) -
 
 
 def _attention_choices(
-    model: ModelConfig, config: EngineConfig, layout: KVLayout, layer: LayerSpec, key: StepKey
+    model: ModelConfig, config: EngineConfig, layout: KVLayout, layer: LayerSpec, turn: Turn
 ) -> Iterator[Choice]:
     """Of the attention calls of a layer in one program."""
     shared: dict[str, Any] = {
@@ -157,13 +171,13 @@ def _attention_choices(
         "sinks": model.attention_sinks,
         "parts": parts,
     }
-    if key.rows:
-        decode = AttentionSpec(kind="decode", tokens=key.rows, rows=key.rows, **shared, **how)
+    if turn.decode_rows:
+        decode = AttentionSpec(kind="decode", tokens=turn.decode_rows, rows=turn.decode_rows, **shared, **how)
         yield paged_attention.choice(decode, config.target)
-    prefill: dict[str, Any] = {"tokens": key.tokens, "rows": config.max_prefill_rows}
+    prefill: dict[str, Any] = {"tokens": turn.chunk_tokens, "rows": turn.chunks}
     latent = model.latent
-    if key.tokens and latent is not None and parts == 1 and expands(model, layer, key.tokens):
+    if turn.chunk_tokens and latent is not None and parts == 1 and expands(model, layer, turn.chunk_tokens):
         sizes: dict[str, Any] = {"nope_dim": latent.nope_dim, "value_dim": latent.value_dim}
         yield latent_attention.choice(ExpandedSpec(**prefill, **shared, **sizes), config.target)
-    elif key.tokens:
+    elif turn.chunk_tokens:
         yield paged_attention.choice(AttentionSpec(kind="prefill", **prefill, **shared, **how), config.target)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.config import ModelConfig
-from engine.model.mixers import RecurrentInput
+from engine.model.config import LayerSpec, ModelConfig
+from engine.model.mixers import RECURRENCES, RecurrentInput
 from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.short_conv import short_conv
 from pallas_kernels.ssd import ssd
@@ -29,6 +29,15 @@ class LayerStates:
 
     windows: Array  # [states, (conv_width - 1) * conv_channels], inputs of the last tokens' convolution
     states: Array  # float32 [states, *state_shape]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tried:
+    """States before tokens that a verifying step only tries, and what those brought: enough to take some of them."""
+
+    before: LayerStates
+    brought: RecurrentInput
 
 
 @jax.tree_util.register_dataclass
@@ -50,13 +59,34 @@ def states_shape(model: ModelConfig, num_states: int, dtype: str) -> LayerStates
     return jax.eval_shape(lambda: LayerStates(jnp.zeros((num_states, window), dtype), jnp.zeros(shape, jnp.float32)))
 
 
-def recur(view: StatesView, cache: LayerStates, brought: RecurrentInput, target: Target) -> tuple[Array, LayerStates]:
+def recur(
+    config: ModelConfig, layer: LayerSpec, view: StatesView, cache: LayerStates, brought: RecurrentInput, target: Target
+) -> tuple[Array, LayerStates | Tried]:
     """Convolve, then recur: (values [tokens, heads, head_dim], the layer's states)."""
     rows = (view.decode, view.prefill)
     convolved, windows = short_conv(brought.mixed, cache.windows, brought.weight, brought.bias, *rows, target=target)
-    inputs = brought.inputs(convolved)
+    inputs = RECURRENCES[layer.mixer](config, convolved, *brought.beside)
     if isinstance(inputs, SSDInput):
         out, states = ssd(inputs, cache.states, *rows, target=target)
     else:
         out, states = gated_delta(inputs, cache.states, *rows, target=target)
+    if view.prefill is not None and view.prefill.target is None:
+        return out, Tried(cache, brought)
     return out, LayerStates(windows, states)
+
+
+def tried_rows(slot: Array, count: int) -> PrefillStates:
+    """`count` tokens behind each slot's state, which stays as it is. See `take`."""
+    firsts = count * jnp.arange(slot.shape[0], dtype=jnp.int32)
+    none = jnp.full_like(firsts, -1)
+    return PrefillStates(firsts, jnp.full_like(firsts, count), slot, None, none, jnp.zeros_like(firsts), each=count)
+
+
+def take(config: ModelConfig, layer: LayerSpec, tried: Tried, rows: PrefillStates, target: Target) -> LayerStates:
+    """The layer's states after the first q_len of each row's tokens that were tried."""
+    none = jnp.zeros((0,), jnp.int32)
+    view = StatesView(DecodeStates(none, none != 0), rows)
+    _, states = recur(config, layer, view, tried.before, tried.brought, target)
+    if isinstance(states, Tried):
+        raise ValueError("rows name no states that tokens are taken into")
+    return states

@@ -181,8 +181,6 @@ def draft_tokens_of(options: EngineOptions, model: ModelConfig, default: int) ->
         if options.draft_tokens is not None:
             raise InvalidParam("draft_tokens", "needs speculation")
         return 0
-    if model.recurrence is not None:
-        raise InvalidParam("speculation", "is not there for recurrent layers: a state cannot forget refused tokens")
     return options.draft_tokens or default
 
 

@@ -18,6 +18,7 @@ from engine.batch import SAMPLING_FLOATS, SAMPLING_INTS, Field, Layout
 from engine.forward import KV, Compute, chunk_rows, forward, logits_of, nobody
 from engine.model.config import ModelConfig
 from engine.model.layers import Params
+from engine.recur import Tried, take, tried_rows
 from engine.request import MAX_LOGPROBS
 from engine.sampler import Drawn
 from engine.slots import Sampling, Slots, add_pages, history_of
@@ -104,6 +105,8 @@ def verify_step(
         kv, proposed = draft_model.propose(compute, params, kv, slots, slot, active, max_steps - 1)
     tokens = jnp.concatenate([slots.last_token[slot][:, None], jnp.maximum(proposed, 0)], axis=1)
     chunks = chunk_rows(slots, slot, active, position, max_steps)
+    if compute.model.recurrence is not None:
+        chunks = replace(chunks, states=tried_rows(slot, max_steps))
     kv, hidden, load = forward(compute, params, kv, tokens.reshape(-1), nobody(slots), chunks)
     logits = logits_of(compute, params, hidden).reshape(rows, max_steps, -1)
     out = replace(
@@ -127,6 +130,8 @@ def verify_step(
     _, _, after, out = jax.lax.while_loop(more, turn, (jnp.int32(0), active, slots, out))
     if compute.draft is not None:
         after = draft_model.keep_count(slots, after, slot, active, max_steps - 1)
+    if chunks.states is not None:
+        kv = take_drawn(compute, kv, verified_rows(batch, chunks.states, position, out.num_drawn))
     return kv, after, out
 
 
@@ -206,6 +211,24 @@ def decode_copies(batch: dict[str, Array], position: Array) -> Array | None:
     if "decode_checkpoint" not in batch:
         return None
     return jnp.where(position == batch["decode_checkpoint_at"], batch["decode_checkpoint"], -1)
+
+
+def verified_rows(batch: dict[str, Array], tried: PrefillStates, position: Array, num_drawn: Array) -> PrefillStates:
+    """Of the tokens that each row tried from `position` on, as many as it drew: the last one drawn comes next."""
+    copy_at = batch["decode_checkpoint_at"] - position + 1
+    reached = (copy_at >= 1) & (copy_at <= num_drawn)
+    copy_to = jnp.where(reached, batch["decode_checkpoint"], -1)
+    return replace(tried, q_len=num_drawn, target=tried.source, copy_to=copy_to, copy_at=copy_at)
+
+
+def take_drawn(compute: Compute, kv: KV, rows: PrefillStates) -> KV:
+    """The tokens of a verifying step that count enter the recurrent states."""
+    model, target = compute.model, compute.target
+    own = (
+        take(model, layer, cache, rows, target) if isinstance(cache, Tried) else cache
+        for layer, cache in zip(model.layers, kv[: model.num_layers], strict=True)
+    )
+    return (*own, *kv[model.num_layers :])
 
 
 def prefill_rows(batch: dict[str, Array]) -> PrefillRows:

@@ -9,7 +9,8 @@ step starts from there. Knows nothing about what a state means.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +32,15 @@ class DecodeStates:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillStates:
-    """The chunks' states, int32 [rows]. Idle rows have no tokens and are last."""
+    """The chunks' states, int32 [rows]. Idle rows have no tokens and are last, unless there is room for `each`."""
 
     q_start: Array  # first token, counted from the first prefill token
     q_len: Array
     source: Array  # row of the pool that the chunk continues from; negative: zeros
-    target: Array  # row that holds the state after the chunk
+    target: Array | None  # row that holds the state after the chunk; None: the pool stays as it is
     copy_to: Array  # row that gets a copy; negative: none does
     copy_at: Array  # after so many tokens of the chunk, 1 to q_len
+    each: int = field(default=0, metadata={"static": True})  # room of every chunk, few tokens; 0: chunks as they are
 
     @property
     def copy_len(self) -> Array:
@@ -84,10 +86,15 @@ def sources(pool: Array, states: PrefillStates) -> Array:
     return jnp.where(fresh, jnp.zeros((), pool.dtype), pool[jnp.maximum(states.source, 0)])
 
 
-def keep(pool: Array, states: PrefillStates, last: Array, copies: Array) -> Array:
+def keep(pool: Array, states: PrefillStates, last: Array, copies: Callable[[], Array]) -> Array:
     """The pool with each chunk's last state and copy, both [rows, ...]."""
-    pool = _put(pool, states.target, last, states.q_len > 0)
-    return _put(pool, states.copy_to, copies, states.copy_len > 0)
+    if states.target is None:
+        return pool
+    pool, copied = _put(pool, states.target, last, states.q_len > 0), states.copy_len > 0
+    if not states.each:
+        return _put(pool, states.copy_to, copies(), copied)
+    put = partial(_put, rows=states.copy_to, mask=copied)
+    return jax.lax.cond(jnp.any(copied), lambda pool: put(pool, new=copies()), lambda pool: pool, pool)
 
 
 def _put(pool: Array, rows: Array, new: Array, mask: Array) -> Array:
@@ -103,6 +110,8 @@ def walk(
     Each chunk is cut into blocks of at most `block` tokens, and where its copy is taken; the loop ends with the
     real tokens. A block's inputs [tokens, ...] are zero behind its end: no row sees another's numbers.
     """
+    if states.each:
+        return _walk_equal(pool, states, inputs, step)
     tokens = out.shape[0]
     block = min(block, tokens)
     padded = tuple(jnp.pad(x, ((0, block), *((0, 0),) * (x.ndim - 1))) for x in inputs)
@@ -130,7 +139,21 @@ def walk(
     result = jnp.zeros((tokens + block, *out.shape[1:]), out.dtype)
     carry = (start, jnp.zeros_like(start), result)
     last, copies, result = jax.lax.fori_loop(0, jnp.sum(num_blocks), one_block, carry)
-    return result[:tokens], keep(pool, states, last, copies)
+    return result[:tokens], keep(pool, states, last, lambda: copies)
+
+
+def _walk_equal(pool: Array, states: PrefillStates, inputs: tuple[Array, ...], step: Step) -> tuple[Array, Array]:
+    """`walk` with the same few tokens' room for every chunk: one block each, all at once."""
+    start, index = sources(pool, states).astype(jnp.float32), jnp.arange(states.each, dtype=jnp.int32)
+
+    def after(count: Array) -> tuple[Array, Array]:
+        mine = (index[None] < count[:, None]).reshape(-1)
+        cut = (_masked(mine, x, 0).reshape(-1, states.each, *x.shape[1:]) for x in inputs)
+        state, values = jax.vmap(step)(start, tuple(cut))
+        return state, _masked(mine, values.reshape(-1, *values.shape[2:]), 0)
+
+    last, result = after(states.q_len)
+    return result, keep(pool, states, last, lambda: after(states.copy_len)[0])
 
 
 def _masked(mine: Array, values: Array, other: Array | int) -> Array:

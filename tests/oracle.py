@@ -16,7 +16,7 @@ from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
 from engine.model.decoder import hidden_states, logits
-from engine.model.mixers import AttentionInput, RecurrentInput
+from engine.model.mixers import RECURRENCES, AttentionInput, RecurrentInput
 from engine.model.place import ALONE
 from pallas_kernels.gated_delta.api import DeltaInput
 from pallas_kernels.kv_layout import KVLayout, pack_rows, unpack_rows
@@ -70,7 +70,7 @@ class DenseAttention:
     ) -> tuple[Array, None]:
         """Values [tokens, q_heads, head_dim], or value_dim of latent attention, whose keys are expanded here."""
         if isinstance(brought, RecurrentInput):
-            return _recur(brought), None
+            return _recur(config, layer, brought), None
         k, v = brought.k, brought.v
         if self.kv is not None:
             rows = unpack_rows(pack_rows(k, v, self.kv), self.kv)
@@ -80,14 +80,14 @@ class DenseAttention:
         return _attend(config, layer, brought.q, k, v, brought.sinks), None
 
 
-def _recur(brought: RecurrentInput) -> Array:
+def _recur(config: ModelConfig, layer: LayerSpec, brought: RecurrentInput) -> Array:
     """The convolution over all tokens, then one token after the other through the recurrence, from zeros."""
     x, width = brought.mixed.astype(jnp.float32), brought.weight.shape[0]
     padded = jnp.pad(x, ((width - 1, 0), (0, 0)))
     convolved = sum(padded[i : i + len(x)] * brought.weight[i][None].astype(jnp.float32) for i in range(width))
     if brought.bias is not None:
         convolved = convolved + brought.bias[None].astype(jnp.float32)
-    inputs = brought.inputs(jnp.asarray(convolved, brought.mixed.dtype))
+    inputs = RECURRENCES[layer.mixer](config, jnp.asarray(convolved, brought.mixed.dtype), *brought.beside)
     return _state_space(inputs) if isinstance(inputs, SSDInput) else _delta_rule(inputs)
 
 

@@ -86,7 +86,9 @@ MESHES = {
 }
 PACKED: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"quantization": "int8", "kv_cache_dtype": "int8"}}
 POOL_BYTES = 3 << 30  # a quarter is more than a step's activations, and less than Llama-8B's LM head
-KEYS = {"decode": StepKey(0, 64), "prefill": StepKey(1024, 0), "mixed": StepKey(256, 256)}
+KEYS = {"decode": StepKey(0, 64), "prefill": StepKey(1024, 0), "mixed": StepKey(256, 256), "verify": StepKey(0, 64, 4)}
+PLAIN = ("decode", "prefill", "mixed")
+SPECULATING: dict[str, Any] = {"speculation": "ngram", "draft_tokens": KEYS["verify"].drafts}
 
 
 def compile_for(chip: str, program: Program) -> Memory:
@@ -119,12 +121,12 @@ def cases() -> Iterator[Any]:
     """(model, kind of step, chip, options). Short: a small model whole, two layers of a large one."""
     slow = pytest.mark.slow
     for chip in ("v6e:2x2", "h200:1"):
-        for kind in KEYS:
+        for kind in PLAIN:
             marks = [] if (kind, chip) == ("decode", "v6e:2x2") else [slow]
             yield pytest.param(SMOLLM2, kind, chip, {}, marks=marks, id=f"smollm2-{kind}-{chip}")
             yield pytest.param(LLAMA_8B, kind, chip, {}, marks=[slow], id=f"llama8b-{kind}-{chip}")
     for chip in ("v5p:2x2x1", "tpu7x:2x2x1", "h200:1"):
-        for kind in KEYS:
+        for kind in PLAIN:
             two = first_layers(LLAMA_8B, 2)
             yield pytest.param(two, kind, chip, {}, marks=[slow], id=f"llama8b-2-{kind}-{chip}")
             for name, model, options, in_short in (
@@ -140,6 +142,8 @@ def cases() -> Iterator[Any]:
             for form, options in PACKED.items():
                 for kind in ("decode", "prefill"):
                     yield pytest.param(model, kind, chip, options, marks=[slow], id=f"{name}-2-{form}-{kind}-{chip}")
+        for name, model in ({"llama8b": first_layers(LLAMA_8B, 2)} | FAMILIES | RECURRENT).items():
+            yield pytest.param(model, "verify", chip, SPECULATING, marks=[slow], id=f"{name}-2-verify-{chip}")
 
 
 @pytest.mark.aot
@@ -160,12 +164,12 @@ def meshed_cases() -> Iterator[Any]:
               "v6e:2x4": ("llama-3.1-8b", "llama-3.1-70b"), "tpu7x:2x2x1": ("llama-3.1-70b",)}  # fmt: skip
     for chip, names in tensor.items():
         for name in names:
-            for kind in KEYS:
+            for kind in PLAIN:
                 options = PACKED["int8"] if name.endswith("70b") else {}
                 marks = [] if (chip, kind) == ("h200:2", "decode") else [pytest.mark.slow]
                 yield pytest.param(name, kind, chip, "tp", options, marks=marks, id=f"{name}-tp-{kind}-{chip}")
     for chip in ("v6e:2x2", "h200:4"):
-        for kind in KEYS:
+        for kind in PLAIN:
             for sharding in ("ep", "dp-attention"):
                 case = ("qwen3-30b-a3b", kind, chip, sharding, {})
                 yield pytest.param(*case, marks=[pytest.mark.slow], id=f"qwen3-30b-a3b-{sharding}-{kind}-{chip}")

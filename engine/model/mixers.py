@@ -42,14 +42,15 @@ class AttentionInput:
         return replace(self, q=self.q[start:end])
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RecurrentInput:
-    """What a layer brings to a recurrence: what goes through its short convolution, and what comes of that."""
+    """What a layer brings to a recurrence: what goes through its short convolution, and what is read beside that."""
 
     mixed: Array  # [tokens, channels]
     weight: Array  # [width, channels], the newest token's last
     bias: Array | None  # [channels]
-    inputs: Callable[[Array], SSDInput | DeltaInput]  # of what was convolved [tokens, channels]
+    beside: tuple[Array, ...]  # what `RECURRENCES` takes of the layer's kind of mixer
 
 
 # attend(config, layer, view, cache, brought) -> (values [tokens, heads, head_dim or value_dim], cache):
@@ -112,25 +113,23 @@ def mamba2(config: ModelConfig, place: Place, x: Array, weights: Params, rope: R
         projected = projected + weights["ssm_in_bias"][None]
     gate, mixed, steps = jnp.split(projected, [ssm.inner_dim, ssm.inner_dim + ssm.conv_channels], axis=1)
     dt = jax.nn.softplus(steps.astype(jnp.float32) + weights["dt_bias"][None])
-
-    def inputs(convolved: Array) -> SSDInput:
-        active = ACTIVATIONS[config.activation](convolved.astype(jnp.float32)).astype(x.dtype)
-        values, b, c = jnp.split(active, [ssm.inner_dim, ssm.inner_dim + ssm.groups * ssm.state_dim], axis=1)
-        return SSDInput(
-            values.reshape(tokens, ssm.num_heads, ssm.head_dim),
-            b.reshape(tokens, ssm.groups, ssm.state_dim),
-            c.reshape(tokens, ssm.groups, ssm.state_dim),
-            jnp.clip(dt, ssm.least_step, ssm.most_step),
-            -jnp.exp(weights["a_log"]),
-            weights["skip"],
-        )
-
-    out, cache = see(RecurrentInput(mixed, weights["conv"], weights.get("conv_bias"), inputs))
+    beside = (jnp.clip(dt, ssm.least_step, ssm.most_step), -jnp.exp(weights["a_log"]), weights["skip"])
+    out, cache = see(RecurrentInput(mixed, weights["conv"], weights.get("conv_bias"), beside))
     out = out.reshape(tokens, -1).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
     norm = weights["ssm_norm"].reshape(ssm.groups, -1)
     out = rms_norm(out.reshape(tokens, ssm.groups, -1), norm, config.norm_eps, place).reshape(tokens, -1)
     out = linear(out.astype(x.dtype), weights["ssm_out"], place.target)
     return out + weights["ssm_out_bias"][None] if ssm.bias else out, cache
+
+
+def _ssd_input(config: ModelConfig, convolved: Array, dt: Array, a: Array, skip: Array) -> SSDInput:
+    ssm, tokens = config.state_space, convolved.shape[0]
+    if ssm is None:
+        raise ValueError("a mamba2 layer needs its sizes")
+    active = ACTIVATIONS[config.activation](convolved.astype(jnp.float32)).astype(convolved.dtype)
+    values, b, c = jnp.split(active, [ssm.inner_dim, ssm.inner_dim + ssm.groups * ssm.state_dim], axis=1)
+    b, c = (each.reshape(tokens, ssm.groups, ssm.state_dim) for each in (b, c))
+    return SSDInput(values.reshape(tokens, ssm.num_heads, ssm.head_dim), b, c, dt, a, skip)
 
 
 def gated_delta(
@@ -143,19 +142,21 @@ def gated_delta(
     mixed, gate = jnp.split(linear(x, weights["delta_in"], place.target), [rule.conv_channels], axis=1)
     strength, steps = jnp.split(linear(x, weights["delta_steps"], place.target).astype(jnp.float32), 2, axis=1)
     log_decay = -jnp.exp(weights["a_log"])[None] * jax.nn.softplus(steps + weights["dt_bias"][None])
-    keys = rule.key_heads * rule.key_dim
-
-    def inputs(convolved: Array) -> DeltaInput:
-        active = ACTIVATIONS[config.activation](convolved.astype(jnp.float32))
-        q, k, v = jnp.split(active, [keys, 2 * keys], axis=1)
-        q, k = (_unit(a.reshape(tokens, rule.key_heads, rule.key_dim)) for a in (q, k))
-        values = v.reshape(tokens, rule.value_heads, rule.value_dim).astype(x.dtype)
-        return DeltaInput(q * rule.key_dim**-0.5, k, values, log_decay, jax.nn.sigmoid(strength))
-
-    out, cache = see(RecurrentInput(mixed, weights["conv"], None, inputs))
+    out, cache = see(RecurrentInput(mixed, weights["conv"], None, (log_decay, jax.nn.sigmoid(strength))))
     out = rms_norm(out, weights["delta_norm"], config.norm_eps, place).astype(jnp.float32).reshape(tokens, -1)
     out = (out * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
     return linear(out, weights["delta_out"], place.target), cache
+
+
+def _delta_input(config: ModelConfig, convolved: Array, log_decay: Array, beta: Array) -> DeltaInput:
+    rule, tokens = config.delta_rule, convolved.shape[0]
+    if rule is None:
+        raise ValueError("a gated_delta layer needs its sizes")
+    active, keys = ACTIVATIONS[config.activation](convolved.astype(jnp.float32)), rule.key_heads * rule.key_dim
+    q, k, v = jnp.split(active, [keys, 2 * keys], axis=1)
+    q, k = (_unit(a.reshape(tokens, rule.key_heads, rule.key_dim)) for a in (q, k))
+    values = v.reshape(tokens, rule.value_heads, rule.value_dim).astype(convolved.dtype)
+    return DeltaInput(q * rule.key_dim**-0.5, k, values, log_decay, beta)
 
 
 def _unit(x: Array) -> Array:
@@ -183,5 +184,7 @@ def _norm_full(config: ModelConfig, place: Place, qk: Array, weights: Params) ->
     return jnp.concatenate([q, k[:, :, None]], axis=2)
 
 
+# What a recurrence reads, of (config, what was convolved [tokens, channels], *RecurrentInput.beside).
+RECURRENCES: dict[str, Callable[..., SSDInput | DeltaInput]] = {"mamba2": _ssd_input, "gated_delta": _delta_input}
 MIXERS = {"attention": attention, "latent": latent_attention, "mamba2": mamba2, "gated_delta": gated_delta}
 QK_NORMS = {"none": lambda config, place, qk, weights: qk, "head": _norm_heads, "full": _norm_full}

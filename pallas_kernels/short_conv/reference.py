@@ -21,7 +21,7 @@ def short_conv(
     if prefill is not None:
         windows = sources(pool, prefill).reshape(prefill.q_len.shape[0], -1, x.shape[1])
         out, last, copies = _chunks(x[num_decode:], windows, weight, prefill)
-        pool = keep(pool, prefill, last, copies)
+        pool = keep(pool, prefill, last, lambda: copies)
         parts.append(out)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return (out if bias is None else out + bias[None].astype(jnp.float32)).astype(x.dtype), pool

@@ -34,23 +34,12 @@ from engine.resolve import DeviceFacts, ModelFiles, resolve
 from engine.runner import Runner
 from engine.speculation import LAGGING_PROBE_EVERY, TRIALS, Speculation
 from tests.engine.test_equality import run_schedule
-from tests.engine.world import DELTA, DRAFTED, LATENT, MODEL, Client, World, check_choice, run, world
+from tests.engine.world import DELTA, LATENT, MODEL, Client, Told, World, check_choice, run, world
 from tests.model import models
 from tests.oracle import naive_greedy
 from tests.text.small import byte_level, byte_level_json, write_hf_folder
 
 CPU = DeviceFacts("cpu", 1 << 34, False)
-
-
-class Told(Speculation):
-    """Each step proposes as many tokens as `ways` says next."""
-
-    def __init__(self, ways: Iterable[int]) -> None:
-        super().__init__(DRAFTED.draft_tokens)
-        self.ways = iter(ways)
-
-    def drafts(self, num_seqs: int) -> int:
-        return next(self.ways) if num_seqs else 0
 
 
 @dataclass

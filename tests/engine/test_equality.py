@@ -7,6 +7,7 @@ every step (`world.step`).
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from engine.loop import Engine
 from engine.programs import compute_of
 from engine.request import FinishReason, Request, SamplingParams
-from tests.engine.world import CONFIG, Client, World, check_choice, check_device_tables, run, step, world
+from tests.engine.world import CONFIG, Client, Told, World, check_choice, check_device_tables, run, step, world
 from tests.oracle import naive_expert_load, naive_logits
 
 VOCAB = 97
@@ -113,11 +114,12 @@ def test_tokens_equal_naive_forward(block: int, overlap: bool) -> None:
 
 # Latents come with experts, and test_llm has packed weights: the others compile for as long again.
 SELDOM = [
-    pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "delta", "packed", "GPTQ", "mxfp4", "Q4_K")
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ("experts", "delta", "delta-ngram", "states-draft", "packed", "GPTQ", "mxfp4", "Q4_K")
 ]
 
 
-@pytest.mark.parametrize("kind", [*SELDOM, "latent", "states", "ngram"])
+@pytest.mark.parametrize("kind", [*SELDOM, "latent", "states", "states-ngram", "ngram"])
 @pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> None:
     """The same net over packed weights and a quantized cache: what is stored never depends on chunks or hits.
@@ -129,10 +131,11 @@ def test_tokens_of_other_kinds_equal_naive_forward(kind: str, block: int) -> Non
         run_schedule(world(kind), seed, overlap=seed % 2 == 0)
 
 
+@pytest.mark.parametrize("kind", ["ngram", "states-ngram", pytest.param("delta-ngram", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_text_that_repeats_itself_takes_fewer_steps_and_keeps_its_tokens(overlap: bool) -> None:
+def test_a_text_that_repeats_itself_takes_fewer_steps_and_keeps_its_tokens(kind: str, overlap: bool) -> None:
     """Few tokens allowed, so that the same ones come again; drawn with a seed, with penalties and logprobs."""
-    w = world("ngram")
+    w = world(kind)
     engine = w.engine(overlap=overlap, enable_prefix_caching=False)
     params = SamplingParams(
         temperature=0.7, seed=11, max_tokens=60, ignore_eos=True, allowed_token_ids=(3, 4, 5), logprobs=2,
@@ -142,6 +145,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_and_keeps_its_tokens(overl
         Client.of(Request(request_id=f"loop-{i}", prompt_token_ids=(3, 4, 5) * (i + 1), params=params))
         for i in range(3)
     ]
+    engine.scheduler.speculation = Told(itertools.repeat(w.config.draft_tokens))  # type: ignore[misc]
     before = engine.stats()
     for client in clients:
         engine.submit(client.request, client)
@@ -155,6 +159,28 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_and_keeps_its_tokens(overl
         assert [t for d in client.deltas[0] for t in d.token_ids] == client.tokens[0] and len(client.tokens[0]) == 60
         logprobs = [one for d in client.deltas[0] for one in d.logprobs or ()]
         assert [one.token_id for one in logprobs] == client.tokens[0]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_verifying_steps_leave_of_a_state_is_found_by_the_next_turn(overlap: bool) -> None:
+    """Each turn starts behind the answer before it, most of whose proposals were refused or taken in part."""
+    w = world("states-ngram")
+    engine = w.engine(overlap=overlap)
+    engine.scheduler.speculation = Told(itertools.repeat(w.config.draft_tokens))  # type: ignore[misc]
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=30, ignore_eos=True, allowed_token_ids=(3, 4, 5, 6))
+    prompt, before = (3, 4, 5, 6, 3, 4, 5), engine.stats()
+    for turn in range(4):
+        client = Client.of(Request(request_id=f"turn-{turn}", prompt_token_ids=prompt, params=params))
+        engine.submit(client.request, client)
+        run(engine)
+        check_choice(w, client.request, 5, client.tokens[0], client.finished[0])
+        if turn:
+            known = len(prompt) - 2  # the last two were not in the state, or not yet asked about
+            assert known - 3 * w.config.page_size <= client.deltas[0][0].num_cached_tokens <= known
+        prompt = (*prompt, *client.tokens[0], 3)
+    after = engine.stats()
+    accepted = after.accepted_draft_tokens - before.accepted_draft_tokens
+    assert 0 < accepted < after.draft_tokens - before.draft_tokens
 
 
 def test_wrong_proposals_change_nothing() -> None:

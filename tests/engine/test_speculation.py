@@ -14,7 +14,7 @@ from engine.drafts import LEAST_MATCHED, MOST_MATCHED, propose
 from engine.errors import InvalidParam
 from engine.resolve import DeviceFacts, resolve
 from engine.speculation import PROBE_EVERY, TRIALS, Speculation
-from tests.engine.world import DELTA, MODEL
+from tests.engine.world import MODEL
 
 
 def by_hand(tokens: list[int], count: int) -> list[int]:
@@ -79,7 +79,6 @@ def test_without_draft_tokens_nothing_is_proposed() -> None:
         ({"draft_tokens": 4}, MODEL, "draft_tokens: needs speculation"),
         ({"speculation": "eagle"}, MODEL, "speculation: must be one of none, ngram"),
         ({"speculation": "ngram", "draft_tokens": 0}, MODEL, "draft_tokens: must be a positive integer"),
-        ({"speculation": "ngram"}, DELTA, "speculation: is not there for recurrent layers"),
     ],
 )
 def test_what_is_refused(options: dict, model: object, message: str) -> None:

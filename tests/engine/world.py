@@ -7,7 +7,7 @@ sequence at a time, logits from a naive full forward.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from engine.programs import compute_of, serving_programs, slots_of
 from engine.request import FinishReason, Request, SamplingParams, TextDelta
 from engine.runner import Runner
 from engine.sequence import stop_token_ids
+from engine.speculation import Speculation
 from engine.stats import Counters
 from pallas_kernels.native import library
 from pallas_kernels.paged_attention.checks import check_block_tables
@@ -114,6 +115,7 @@ FEWER = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,))  # programs; C
 SHALLOW = replace(MODEL, layers=MODEL.layers[:2], tie_embeddings=False)  # so that a text does not repeat one token
 DRAFT = Draft(SHALLOW, "float32", "float32", (), CONFIG.shards)
 DRAFTED = replace(FEWER, prefill_decode_buckets=(6,), draft_tokens=3, draft=DRAFT)
+RECURRENT = replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)
 # Another family, of experts and latents, with a cache of another dtype.
 OTHER = replace(DRAFT, model=LATENT, kv_cache_dtype="int8")
 # What the equality net runs over: (model, configuration).
@@ -121,9 +123,12 @@ KINDS = {
     "float": (MODEL, CONFIG),
     "experts": (MIXED, FEWER),
     "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
-    "states": (STATE_SPACE, replace(FEWER, target=CPU, prefill_decode_buckets=(6,), state_checkpoints=6)),
-    "delta": (DELTA, replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)),
+    "states": (STATE_SPACE, replace(RECURRENT, target=CPU)),
+    "delta": (DELTA, RECURRENT),
     "ngram": (MODEL, replace(FEWER, prefill_decode_buckets=(6,), draft_tokens=3)),
+    "states-ngram": (STATE_SPACE, replace(RECURRENT, draft_tokens=3)),
+    "delta-ngram": (DELTA, replace(RECURRENT, draft_tokens=3)),
+    "states-draft": (STATE_SPACE, replace(RECURRENT, draft_tokens=3, draft=DRAFT)),
     "draft": (SHALLOW, DRAFTED),  # by other weights
     "twin": (SHALLOW, DRAFTED),  # by the model's own
     "other": (SHALLOW, replace(DRAFTED, draft=OTHER)),
@@ -237,6 +242,17 @@ class Client:
             self.deltas[delta.index].append(delta)
             if delta.finish_reason is not None:
                 self.finished[delta.index] = delta.finish_reason
+
+
+class Told(Speculation):
+    """Each step proposes as many tokens as `ways` says next."""
+
+    def __init__(self, ways: Iterable[int]) -> None:
+        super().__init__(DRAFTED.draft_tokens)
+        self.ways = iter(ways)
+
+    def drafts(self, num_seqs: int) -> int:
+        return next(self.ways) if num_seqs else 0
 
 
 def step(engine: Engine) -> bool:

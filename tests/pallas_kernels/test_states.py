@@ -117,6 +117,8 @@ class Case:
     sources: tuple[int, ...] = ()
     copies: tuple[int, ...] = ()  # tokens after which a copy is taken; 0: none
     padding: int = 0
+    room: int = 0  # tokens that each chunk has room for; 0: chunks stand one behind the other
+    keeps: bool = True  # chunks leave their states
 
 
 CASES = (
@@ -124,6 +126,8 @@ CASES = (
     Case("continues", lens=(7, 1, 3, 20), sources=(4, 5, 8, -1), copies=(0, 1, 2, 16), padding=5),
     Case("mixed", decode=(True, True, False), lens=(9, 4, 0), sources=(-1, 10, 0), copies=(9, 0, 0), padding=3),
     Case("idle", decode=(True, False, True), nobodys=3, decode_copies=(True, True, False)),
+    Case("room", lens=(5, 0, 2, 3), sources=(4, 5, 8, -1), copies=(0, 0, 1, 3), room=5),
+    Case("tried", lens=(4, 4, 4), sources=(0, 1, -1), copies=(0, 0, 0), room=4, keeps=False),
     Case("blocks", lens=(300, 129, 2), sources=(-1, 5, -1), copies=(130, 64, 0), padding=40),
 )
 
@@ -167,7 +171,7 @@ def jitted(op: Op) -> Any:
 def fill(op: Op, case: Case, seed: int = 0) -> Call:
     rng = np.random.default_rng([zlib.crc32(case.name.encode()), seed])
     lens, num_decode = case.lens or (), len(case.decode) + case.nobodys
-    total = num_decode + sum(lens) + case.padding
+    total = num_decode + (case.room * len(lens) or sum(lens)) + case.padding
     tokens = op.tokens(rng, total)
     states = rng.normal(size=(POOL, *op.state))
     pool = np.full_like(states, np.nan)
@@ -194,9 +198,9 @@ def fill(op: Op, case: Case, seed: int = 0) -> Call:
             state = feed(start + i, state)
             if i + 1 == case.copies[row]:
                 after[8 + row] = state
-        if count:
+        if count and case.keeps:
             after[4 + row] = state
-        start += count
+        start += case.room or count
     for a in tokens:
         a[~owners] = np.nan
     shape = next(iter(results.values())).shape if results else (1,)
@@ -220,9 +224,10 @@ def indices(case: Case) -> tuple[DecodeStates, PrefillStates | None]:
     if case.lens is None:
         return decode, None
     copies = [8 + row if at else -1 for row, at in enumerate(case.copies)]
-    starts = np.cumsum([0, *case.lens])[:-1]
+    starts = np.cumsum([0, *(case.room or count for count in case.lens)])[:-1]
     rows = (starts, case.lens, case.sources, range(4, 4 + len(case.lens)), copies, case.copies)
-    return decode, PrefillStates(*(ints(row) for row in rows))
+    prefill = PrefillStates(*(ints(row) for row in rows), each=case.room)
+    return decode, prefill if case.keeps else replace(prefill, target=None)
 
 
 # The last state of a chunk of 300 tokens that forgets slowly.
@@ -244,6 +249,7 @@ def test_the_check_notices_broken_input(name: str, broken: str) -> None:
     if broken == "source":
         call.prefill = replace(rows, source=rows.source.at[0].set(5))
     elif broken == "target":
+        assert rows.target is not None
         call.prefill = replace(rows, target=rows.target.at[0].set(6))
     elif broken == "copy":
         call.prefill = replace(rows, copy_at=rows.copy_at.at[3].add(-1))
