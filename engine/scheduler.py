@@ -155,16 +155,17 @@ class Scheduler:
         self.cache.checkpoints.begin_step()
         # Decode rows take their pages first: they are older than whatever is admitted here.
         step = self._alone() if together is None else together
-        decode_rows = self._plan_decode(1 if step.mixed else self._call_tokens(step.drafts))
+        number = self._num_planned + 1
+        decode_rows = self._plan_decode(1 if step.mixed else self._call_tokens(step.drafts), number)
         # Preempting above may have made room, but multi-token rows cannot ride along.
         alone = together is None and not decode_rows
         budget = self.prompt_budget.tokens(len(decode_rows))
         prefill_rows, admitted = self._plan_prefill(budget) if step.mixed or alone else ([], [])
         if not prefill_rows and not decode_rows:
             return None
-        self._num_planned += 1
-        for seq in itertools.chain((row.seq for row in prefill_rows), decode_rows.seqs):
-            seq.last_step = self._num_planned
+        self._num_planned = number
+        for row in prefill_rows:
+            row.seq.last_step = number
         return StepPlan(
             tuple(prefill_rows),
             decode_rows,
@@ -184,7 +185,8 @@ class Scheduler:
             return self.config.most_steps(drafts)
         return self.call_length.tokens(len(self.running), others_wait=bool(self.waiting))
 
-    def _plan_decode(self, num_steps: int) -> DecodeRows:
+    def _plan_decode(self, num_steps: int, number: int) -> DecodeRows:
+        """Rows of the step of that number."""
         rows = DecodeRows()
         seqs, starts, counts = rows.seqs, rows.starts, rows.counts
         for seq in list(self.running):
@@ -197,6 +199,7 @@ class Scheduler:
             starts.append(start)
             counts.append(count)
             seq.computed = start + count
+            seq.last_step = number
         return rows
 
     def _extend(self, seq: Sequence, count: int, rows: DecodeRows) -> int:
@@ -375,35 +378,23 @@ class Scheduler:
 
     def _commit_decode(self, rows: DecodeRows, result: DecodeResult) -> list[TokenEvent | None]:
         events: list[TokenEvent | None] = []
-        columns = zip(rows.seqs, rows.counts, result.num_drawn.tolist(), result.tokens.tolist(), strict=True)
+        drawn = zip(*result.tokens.T.tolist(), strict=True)  # each row's tokens
+        columns = zip(rows.seqs, rows.counts, result.num_drawn.tolist(), drawn, strict=True)
         is_faulty = bool(result.faulty.any())
         num_smooth = 0
-        for i, (seq, launched, count, drawn) in enumerate(columns):
-            tokens = drawn if count == len(drawn) else drawn[:count]
+        for i, (seq, launched, count, tokens) in enumerate(columns):
+            if count < len(tokens):
+                tokens = tokens[:count]
             known = seq.token_ids
-            if (
-                count < launched
-                or len(known) + count >= seq.smooth_len
-                or not seq.stop_ids.isdisjoint(tokens)
-                or is_faulty
-            ):
+            length = len(known) + count
+            if count < launched or length >= seq.smooth_len or is_faulty or not seq.stop_ids.isdisjoint(tokens):
                 events.append(self._commit_row(seq, result[i], launched, rows[i]))
                 continue
             known += tokens
             num_smooth += count
-            if len(known) >= seq.full_page_len:
-                self._register(seq, len(known) - 1)
-            news = (
-                seq.request.request_id,
-                seq.index,
-                tuple(tokens),
-                seq.num_cached_tokens,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
+            if length >= seq.full_page_len:
+                self._register(seq, length - 1)
+            news = (seq.request.request_id, seq.index, tokens, seq.num_cached_tokens, None, None, None, None, None)
             events.append(made(TokenEvent, news))
         self.counters.generation_tokens += num_smooth
         return events
