@@ -78,14 +78,14 @@ class Defaults:
     draft_tokens: int
     smallest_tokens: int
     smallest_rows: int  # on a CPU 2: one row of bfloat16 falls off XLA's fast path
+    decode_call_s: float  # at most: somebody who comes waits for two calls, one that runs and one queued behind it
 
 
 DEFAULTS = {
-    "cpu": Defaults(32, 512, 8, 16, 2, 8, 3, 32, 2),  # a launch is work of the same cores: never for one token alone
-    "gpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 4),
-    "tpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 8),
+    "cpu": Defaults(32, 512, 8, 16, 2, 8, 3, 32, 2, 0.04),  # a launch is work of the same cores: not for one token alone
+    "gpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 4, 0.02),
+    "tpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 8, 0.02),
 }
-DECODE_CALL_S = 0.02  # somebody who comes waits for two calls at most: one runs and one is queued behind it
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _call_length(options: EngineOptions, target: Target, defaults: Defaults) -> 
     return {
         "decode_steps": defaults.decode_steps,
         "fewest_decode_steps": defaults.fewest_decode_steps,
-        "decode_call_s": DECODE_CALL_S,
+        "decode_call_s": defaults.decode_call_s,
     }
 
 

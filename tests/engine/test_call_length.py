@@ -44,7 +44,7 @@ def test_calls_of_the_loop_are_as_long_as_they_may_be(clock: Clock, queued: bool
     device = FakeDevice(step_s=0.002, turn_s=0.001)
     engine = fake_engine(device, max_num_seqs=2, max_model_len=2048, max_num_batched_tokens=64)
     config, got = engine.config, list[int]()
-    assert (config.fewest_decode_steps, config.decode_steps, config.decode_call_s) == (2, 8, 0.02)
+    assert (config.fewest_decode_steps, config.decode_steps, config.decode_call_s) == (2, 8, 0.04)
     launch = engine.runner.launch
 
     def spy(plan: StepPlan) -> PendingStep:
