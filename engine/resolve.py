@@ -82,9 +82,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "cpu": Defaults(
-        32, 512, 8, 16, 2, 8, 3, 32, 2, 0.04
-    ),  # a launch is work of the same cores: not for one token alone
+    "cpu": Defaults(32, 512, 8, 16, 2, 8, 3, 32, 2, 0.04),  # a launch is work of these cores: never for one token
     "gpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 4, 0.02),
     "tpu": Defaults(256, 4096, 16, 32, 1, 32, 4, 64, 8, 0.02),
 }
