@@ -108,7 +108,9 @@ def verify_step(
     if compute.model.recurrence is not None:
         chunks = replace(chunks, states=tried_rows(slot, max_steps))
     kv, hidden, load = forward(compute, params, kv, tokens.reshape(-1), nobody(slots), chunks)
-    logits = logits_of(compute, params, hidden).reshape(rows, max_steps, -1)
+    # One position's rows beside each other: an axis of few positions would be padded to a tile, of every row's logits.
+    hidden = jnp.swapaxes(hidden.reshape(rows, max_steps, -1), 0, 1).reshape(hidden.shape)
+    logits = logits_of(compute, params, hidden)
     out = replace(
         empty_output(compute.model, rows, max_steps, verifies=True),
         num_proposed=jnp.sum((proposed >= 0) & active[:, None], axis=1, dtype=jnp.int32),
@@ -117,7 +119,8 @@ def verify_step(
 
     def turn(state: tuple[Array, Array, Slots, StepOutput]) -> tuple[Array, Array, Slots, StepOutput]:
         i, drawing, slots, out = state
-        drawn = sampler.draw(logits[:, i], slots, slot, sampling, position + i + 1)
+        of_turn = jax.lax.dynamic_slice_in_dim(logits, i * rows, rows)
+        drawn = sampler.draw(of_turn, slots, slot, sampling, position + i + 1)
         out = record(out, i, drawn, drawing, None)
         slots = advance(slots, slot, drawn, sampling, position + i + 1, drawing)
         expected = jnp.take_along_axis(proposed, jnp.minimum(i, max_steps - 2)[None, None], axis=1)[:, 0]
