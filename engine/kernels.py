@@ -109,18 +109,20 @@ class Turn:
     decode_rows: int
     chunk_tokens: int
     chunks: int
+    room: int  # tokens of each chunk, where that is known
 
 
 def one_turn(config: EngineConfig, key: StepKey) -> Turn:
     """All of a step, or in stages one micro-batch; rows that verify proposed tokens are chunks."""
     stages = config.shards.count("layers")
     rows, tokens, chunks = key.rows, key.tokens, config.max_prefill_rows
-    if key.drafts:
-        rows, tokens, chunks = 0, key.rows * (key.drafts + 1), key.rows
+    room = key.drafts + 1 if key.drafts else 0
+    if room:
+        rows, tokens, chunks = 0, key.rows * room, key.rows
     if stages > 1:
         micro = micro_of(stages, rows, tokens)
         rows, tokens = micro.rows, micro.tokens
-    return Turn(rows, tokens, chunks)
+    return Turn(rows, tokens, chunks, room)
 
 
 def _matmuls(model: ModelConfig, config: EngineConfig) -> list[tuple[int, Any]]:
@@ -147,10 +149,10 @@ def _recurrent_choices(model: ModelConfig, config: EngineConfig, turn: Turn) -> 
     yield short_conv.choice(conv, config.target)
     if isinstance(sizes, DeltaRule):
         heads = (sizes.key_heads, sizes.value_heads, sizes.key_dim, sizes.value_dim)
-        yield gated_delta.choice(gated_delta.DeltaSpec(*rows, *heads, config.dtype), config.target)
+        yield gated_delta.choice(gated_delta.DeltaSpec(*rows, *heads, config.dtype, turn.room), config.target)
     else:
         heads = (sizes.num_heads, sizes.head_dim, sizes.state_dim, sizes.groups)
-        yield ssd.choice(ssd.SSDSpec(*rows, *heads, config.dtype), config.target)
+        yield ssd.choice(ssd.SSDSpec(*rows, *heads, config.dtype, turn.room), config.target)
 
 
 def _attention_choices(

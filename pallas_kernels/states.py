@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,11 @@ class DecodeStates:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillStates:
-    """The chunks' states, int32 [rows]. Idle rows have no tokens and are last, unless there is room for `each`."""
+    """The chunks' states, int32 [rows]. Idle rows have no tokens and are last.
+
+    With `each` every chunk has room for so many tokens and continues the state in its own row, so that source is
+    target, if there is one; idle rows may be anywhere.
+    """
 
     q_start: Array  # first token, counted from the first prefill token
     q_len: Array
@@ -40,7 +43,7 @@ class PrefillStates:
     target: Array | None  # row that holds the state after the chunk; None: the pool stays as it is
     copy_to: Array  # row that gets a copy; negative: none does
     copy_at: Array  # after so many tokens of the chunk, 1 to q_len
-    each: int = field(default=0, metadata={"static": True})  # room of every chunk, few tokens; 0: chunks as they are
+    each: int = field(default=0, metadata={"static": True})  # few tokens; 0: chunks of any length
 
     @property
     def copy_len(self) -> Array:
@@ -57,6 +60,10 @@ Step = Callable[[Array, tuple[Array, ...]], tuple[Array, Array]]
 OneToken = Callable[..., tuple[Array, Array]]
 
 
+# advance(pool, states, inputs, one, target) -> (outputs, pool): takes rows that `states` tell of through their tokens.
+Advance = Callable[..., tuple[Array, Array]]
+
+
 def advance(
     pool: Array, states: DecodeStates, inputs: tuple[Array, ...], one: OneToken, target: Target
 ) -> tuple[Array, Array]:
@@ -67,7 +74,7 @@ def advance(
 
 def replace_active(pool: Array, states: DecodeStates, new: Array) -> Array:
     """The pool with `new` [rows, ...] in the rows that are active, and where they leave a copy."""
-    return leave_copies(_put(pool, states.rows, new, states.active), states, lambda pool: new)
+    return leave_copies(put(pool, states.rows, new, states.active), states, lambda pool: new)
 
 
 def leave_copies(pool: Array, states: DecodeStates, new: Callable[[Array], Array]) -> Array:
@@ -77,7 +84,7 @@ def leave_copies(pool: Array, states: DecodeStates, new: Callable[[Array], Array
         return pool
     leaves = states.active & (copy_to >= 0)
     # Copies are rare, and a scatter that writes nothing still reads every state.
-    return jax.lax.cond(jnp.any(leaves), lambda pool: _put(pool, copy_to, new(pool), leaves), lambda pool: pool, pool)
+    return jax.lax.cond(jnp.any(leaves), lambda pool: put(pool, copy_to, new(pool), leaves), lambda pool: pool, pool)
 
 
 def sources(pool: Array, states: PrefillStates) -> Array:
@@ -90,14 +97,16 @@ def keep(pool: Array, states: PrefillStates, last: Array, copies: Callable[[], A
     """The pool with each chunk's last state and copy, both [rows, ...]."""
     if states.target is None:
         return pool
-    pool, copied = _put(pool, states.target, last, states.q_len > 0), states.copy_len > 0
+    pool, copied = put(pool, states.target, last, states.q_len > 0), states.copy_len > 0
     if not states.each:
-        return _put(pool, states.copy_to, copies(), copied)
-    put = partial(_put, rows=states.copy_to, mask=copied)
-    return jax.lax.cond(jnp.any(copied), lambda pool: put(pool, new=copies()), lambda pool: pool, pool)
+        return put(pool, states.copy_to, copies(), copied)
+    return jax.lax.cond(
+        jnp.any(copied), lambda pool: put(pool, states.copy_to, copies(), copied), lambda pool: pool, pool
+    )
 
 
-def _put(pool: Array, rows: Array, new: Array, mask: Array) -> Array:
+def put(pool: Array, rows: Array, new: Array, mask: Array) -> Array:
+    """The pool with `new` [rows, ...] in `rows` where `mask` is."""
     out_of_range = jnp.int32(pool.shape[0])
     return pool.at[jnp.where(mask, rows, out_of_range)].set(new.astype(pool.dtype), mode="drop")
 
@@ -143,7 +152,7 @@ def walk(
 
 
 def _walk_equal(pool: Array, states: PrefillStates, inputs: tuple[Array, ...], step: Step) -> tuple[Array, Array]:
-    """`walk` with the same few tokens' room for every chunk: one block each, all at once."""
+    """`walk` with the same room for every chunk: one block each, all at once."""
     start, index = sources(pool, states).astype(jnp.float32), jnp.arange(states.each, dtype=jnp.int32)
 
     def after(count: Array) -> tuple[Array, Array]:

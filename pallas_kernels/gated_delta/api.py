@@ -41,6 +41,7 @@ class DeltaSpec:
     key_dim: int
     value_dim: int
     dtype: str
+    room: int = 0  # `PrefillStates.each`
 
 
 CANDIDATES: tuple[Implementation[DeltaSpec], ...] = (
@@ -61,11 +62,11 @@ def gated_delta(
 
     Decode rows come first on the token axis. The arithmetic is float32.
     """
-    spec = _spec(inputs, pool, decode.rows.shape[0])
+    spec = _spec(inputs, pool, decode.rows.shape[0], prefill.each if prefill else 0)
     return choice(spec, target).implementation.run(inputs, pool, decode, prefill, target=target)
 
 
-def _spec(inputs: DeltaInput, pool: Array, decode_rows: int) -> DeltaSpec:
+def _spec(inputs: DeltaInput, pool: Array, decode_rows: int, room: int) -> DeltaSpec:
     """The call's spec, once its shapes fit together; ValueError names the numbers that do not."""
     tokens, value_heads, value_dim = inputs.v.shape
     _, key_heads, key_dim = inputs.k.shape
@@ -78,4 +79,5 @@ def _spec(inputs: DeltaInput, pool: Array, decode_rows: int) -> DeltaSpec:
             f"pool {pool.shape} {pool.dtype} must be float32 [states, {value_heads}, {key_dim}, {value_dim}]"
         )
     prefill_tokens = tokens - decode_rows
-    return DeltaSpec(decode_rows, prefill_tokens, key_heads, value_heads, key_dim, value_dim, str(inputs.v.dtype))
+    heads = (key_heads, value_heads, key_dim, value_dim)
+    return DeltaSpec(decode_rows, prefill_tokens, *heads, str(inputs.v.dtype), room)

@@ -6,7 +6,6 @@ block, solved at once (arXiv 2412.06464, section 3.3, and 2406.06484).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.products import product
-from pallas_kernels.states import DecodeStates, PrefillStates, advance, walk
+from pallas_kernels.states import Advance, DecodeStates, PrefillStates, advance, walk
 from pallas_kernels.target import Target
 
 if TYPE_CHECKING:
@@ -29,9 +28,11 @@ def gated_delta(
     decode: DecodeStates,
     prefill: PrefillStates | None,
     target: Target,
-    advance: Callable[..., tuple[Array, Array]] = advance,
+    advance: Advance = advance,
+    advance_few: Advance | None = None,
 ) -> tuple[Array, Array]:
-    """See `api.gated_delta`. advance: how decode rows are taken one token on."""
+    """See `api.gated_delta`. advance: how decode rows are taken one token on; advance_few: chunks with room for as few
+    each."""
     num_decode = decode.rows.shape[0]
     group = inputs.v.shape[1] // inputs.k.shape[1]
     q, k, v = (a.astype(jnp.float32) for a in (inputs.q, inputs.k, inputs.v))
@@ -39,17 +40,24 @@ def gated_delta(
     per_token = (q, k, v, inputs.log_decay, inputs.beta)
     parts = []
     if num_decode:
-        *vectors, log_decay, beta = (a[:num_decode] for a in per_token)
-        gates = (jnp.exp(log_decay)[..., None], beta[..., None])
-        out, pool = advance(pool, decode, (*vectors, *gates), one_token, target)
+        own = (a[:num_decode] for a in per_token)
+        out, pool = advance(pool, decode, _tokens(*own), one_token, target)
         parts.append(out)
-    if prefill is not None:
-        rest = tuple(a[num_decode:] for a in per_token)
+    rest = tuple(a[num_decode:] for a in per_token)
+    if prefill is not None and prefill.each and advance_few is not None:
+        out, pool = advance_few(pool, prefill, _tokens(*rest), one_token, target)
+        parts.append(out)
+    elif prefill is not None:
         shape = jax.ShapeDtypeStruct(rest[2].shape, jnp.float32)
         out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, _block)
         parts.append(out)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return out.astype(inputs.v.dtype), pool
+
+
+def _tokens(q: Array, k: Array, v: Array, log_decay: Array, beta: Array) -> tuple[Array, ...]:
+    """What `one_token` takes, [tokens, heads, ...]."""
+    return q, k, v, jnp.exp(log_decay)[..., None], beta[..., None]
 
 
 def one_token(state: Array, q: Array, k: Array, v: Array, decay: Array, beta: Array) -> tuple[Array, Array]:

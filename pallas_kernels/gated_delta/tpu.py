@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def declines(spec: DeltaSpec, target: Target) -> str | None:
     """Why this kernel does not serve a call; None: it does."""
-    return states_tpu.declines(spec.decode_rows, spec.value_heads, (spec.key_dim, spec.value_dim), target)
+    return states_tpu.declines(spec.decode_rows, spec.room, (spec.key_dim, spec.value_dim), target)
 
 
-run = partial(reference.gated_delta, advance=states_tpu.advance)
+run = partial(reference.gated_delta, advance=states_tpu.advance, advance_few=states_tpu.advance_few)

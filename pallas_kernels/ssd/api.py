@@ -42,6 +42,7 @@ class SSDSpec:
     state_dim: int
     groups: int
     dtype: str
+    room: int = 0  # `PrefillStates.each`
 
 
 CANDIDATES: tuple[Implementation[SSDSpec], ...] = (
@@ -62,11 +63,11 @@ def ssd(
 
     Decode rows come first on the token axis. The arithmetic is float32.
     """
-    spec = _spec(inputs, pool, decode.rows.shape[0])
+    spec = _spec(inputs, pool, decode.rows.shape[0], prefill.each if prefill else 0)
     return choice(spec, target).implementation.run(inputs, pool, decode, prefill, target=target)
 
 
-def _spec(inputs: SSDInput, pool: Array, decode_rows: int) -> SSDSpec:
+def _spec(inputs: SSDInput, pool: Array, decode_rows: int, room: int) -> SSDSpec:
     """The call's spec, once its shapes fit together; ValueError names the numbers that do not."""
     tokens, heads, head_dim = inputs.x.shape
     _, groups, state_dim = inputs.b.shape
@@ -76,4 +77,4 @@ def _spec(inputs: SSDInput, pool: Array, decode_rows: int) -> SSDSpec:
         raise ValueError(f"dt {inputs.dt.shape}, a {inputs.a.shape}, skip {inputs.skip.shape} for {heads} heads")
     if pool.shape[1:] != (heads, head_dim, state_dim) or pool.dtype != "float32":
         raise ValueError(f"pool {pool.shape} {pool.dtype} must be float32 [states, {heads}, {head_dim}, {state_dim}]")
-    return SSDSpec(decode_rows, tokens - decode_rows, heads, head_dim, state_dim, groups, str(inputs.x.dtype))
+    return SSDSpec(decode_rows, tokens - decode_rows, heads, head_dim, state_dim, groups, str(inputs.x.dtype), room)

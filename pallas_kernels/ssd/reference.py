@@ -6,7 +6,6 @@ and the state before the block decayed to t (arXiv 2405.21060, section 6).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.products import product
-from pallas_kernels.states import DecodeStates, PrefillStates, advance, walk
+from pallas_kernels.states import Advance, DecodeStates, PrefillStates, advance, walk
 from pallas_kernels.target import Target
 
 if TYPE_CHECKING:
@@ -30,25 +29,33 @@ def ssd(
     decode: DecodeStates,
     prefill: PrefillStates | None,
     target: Target,
-    advance: Callable[..., tuple[Array, Array]] = advance,
+    advance: Advance = advance,
+    advance_few: Advance | None = None,
 ) -> tuple[Array, Array]:
-    """See `api.ssd`. advance: how decode rows are taken one token on."""
-    num_decode, x = decode.rows.shape[0], inputs.x
-    per_token = tuple(a.astype(jnp.float32) for a in (x, inputs.b, inputs.c, inputs.dt))
+    """See `api.ssd`. advance: how decode rows are taken one token on; advance_few: chunks with room for as few each."""
+    num_decode = decode.rows.shape[0]
+    per_token = tuple(a.astype(jnp.float32) for a in (inputs.x, inputs.b, inputs.c, inputs.dt))
     parts = []
     if num_decode:
-        x, b, c, dt = (a[:num_decode] for a in per_token)
-        b, c = (jnp.repeat(a, x.shape[1] // a.shape[1], axis=1) for a in (b, c))
-        decay = jnp.exp(dt * inputs.a[None])
-        out, pool = advance(pool, decode, (x * dt[..., None], b, c, decay[..., None]), one_token, target)
+        own = tuple(a[:num_decode] for a in per_token)
+        out, pool = advance(pool, decode, _tokens(inputs.a, *own), one_token, target)
         parts.append(out)
-    if prefill is not None:
-        rest = tuple(a[num_decode:] for a in per_token)
+    rest = tuple(a[num_decode:] for a in per_token)
+    if prefill is not None and prefill.each and advance_few is not None:
+        out, pool = advance_few(pool, prefill, _tokens(inputs.a, *rest), one_token, target)
+        parts.append(out)
+    elif prefill is not None:
         shape = jax.ShapeDtypeStruct(rest[0].shape, jnp.float32)
         out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, partial(_block, inputs.a))
         parts.append(out)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return (out + per_token[0] * inputs.skip[None, :, None]).astype(inputs.x.dtype), pool
+
+
+def _tokens(a: Array, x: Array, b: Array, c: Array, dt: Array) -> tuple[Array, ...]:
+    """What `one_token` takes, [tokens, heads, ...]."""
+    b, c = (jnp.repeat(each, x.shape[1] // each.shape[1], axis=1) for each in (b, c))
+    return x * dt[..., None], b, c, jnp.exp(dt * a[None])[..., None]
 
 
 def one_token(state: Array, x: Array, b: Array, c: Array, decay: Array) -> tuple[Array, Array]:

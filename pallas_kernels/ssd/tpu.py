@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def declines(spec: SSDSpec, target: Target) -> str | None:
     """Why this kernel does not serve a call; None: it does."""
-    return states_tpu.declines(spec.decode_rows, spec.heads, (spec.head_dim, spec.state_dim), target)
+    return states_tpu.declines(spec.decode_rows, spec.room, (spec.head_dim, spec.state_dim), target)
 
 
-run = partial(reference.ssd, advance=states_tpu.advance)
+run = partial(reference.ssd, advance=states_tpu.advance, advance_few=states_tpu.advance_few)

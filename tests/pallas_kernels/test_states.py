@@ -126,8 +126,8 @@ CASES = (
     Case("continues", lens=(7, 1, 3, 20), sources=(4, 5, 8, -1), copies=(0, 1, 2, 16), padding=5),
     Case("mixed", decode=(True, True, False), lens=(9, 4, 0), sources=(-1, 10, 0), copies=(9, 0, 0), padding=3),
     Case("idle", decode=(True, False, True), nobodys=3, decode_copies=(True, True, False)),
-    Case("room", lens=(5, 0, 2, 3), sources=(4, 5, 8, -1), copies=(0, 0, 1, 3), room=5),
-    Case("tried", lens=(4, 4, 4), sources=(0, 1, -1), copies=(0, 0, 0), room=4, keeps=False),
+    Case("room", lens=(5, 0, 2, 3), sources=(4, 5, 6, 7), copies=(0, 0, 1, 3), room=5),
+    Case("tried", lens=(4, 4, 4), sources=(0, 1, 9), copies=(0, 0, 0), room=4, keeps=False),
     Case("blocks", lens=(300, 129, 2), sources=(-1, 5, -1), copies=(130, 64, 0), padding=40),
 )
 

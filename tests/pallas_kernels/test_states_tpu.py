@@ -28,7 +28,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("case", [case for case in CASES if case.decode], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.decode or case.room], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_one_token_at_a_time(name: str, case: Case) -> None:
     heads, *state = op(name).state
@@ -49,6 +49,15 @@ def test_the_check_notices_broken_input(name: str, broken: str) -> None:
     assert call.check() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("broken", ["q_len", "copy_at"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_check_notices_broken_chunks(name: str, broken: str) -> None:
+    call = fill(op(name), next(case for case in CASES if case.name == "room"))
+    assert call.prefill is not None
+    call.prefill = replace(call.prefill, **{broken: getattr(call.prefill, broken).at[3].add(-1)})
+    assert call.check() > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize(("rows", "state", "chip", "why"), [
     (1, (64, 128), "v6e", None), (0, (64, 128), "v6e", "no decode rows"), (1, (64, 128), "gpu", "chip 'gpu' is not"),
     (1, (60, 128), "v6e", "not whole tiles"), (1, (64, 64), "tpu7x", "not whole tiles"),
@@ -64,6 +73,15 @@ def test_what_the_kernel_declines(rows: int, state: tuple[int, int], chip: str, 
         if why is not None:
             with pytest.raises(KernelDeclined, match=why):
                 choose(asked)
+
+
+def test_few_tokens_are_served_and_many_are_not() -> None:
+    def chosen(room: int) -> str:
+        return ssd.choice(
+            ssd.SSDSpec(0, 64, 24, 64, 128, 1, "bfloat16", room), Target("tpu", "v6e")
+        ).implementation.name
+
+    assert [chosen(room) for room in (5, 16, 17)] == ["tpu", "tpu", "reference"]
 
 
 @pytest.mark.parametrize(("heads", "state", "block"), [
