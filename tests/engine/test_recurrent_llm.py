@@ -13,8 +13,9 @@ from tests.model import models
 pytestmark = pytest.mark.slow  # a minute of compiling each
 
 
+@pytest.mark.parametrize("speculation", ["none", "ngram"])
 @pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "qwen3_next"])
-def test_tokens_and_logits_are_transformers(name: str, tmp_path: Path) -> None:
+def test_tokens_and_logits_are_transformers(name: str, speculation: str, tmp_path: Path) -> None:
     """In chunks of 32, several prompts at once, and again from checkpoints of the first time."""
     cases = models.expected(name)
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
@@ -27,6 +28,7 @@ def test_tokens_and_logits_are_transformers(name: str, tmp_path: Path) -> None:
         max_num_batched_tokens=32,
         page_size=8,
         decode_steps=2,
+        speculation=speculation,
         state_checkpoints=12,
         cache_dir=str(tmp_path),
     ) as llm:
@@ -36,6 +38,7 @@ def test_tokens_and_logits_are_transformers(name: str, tmp_path: Path) -> None:
         again = llm.generate([case.prompt for case in cases], params)
         assert [result.outputs[0].token_ids for result in again] == [case.greedy for case in cases]
         assert [result.num_cached_tokens for result in again] == [0, 0, 8, 32, 96]
+        assert (llm.engine.stats().draft_tokens > 0) == (speculation == "ngram")
         for case in cases[-2:]:
             logits = llm.logits(case.prompt)
             assert models.relative_error(np.asarray(logits)[case.positions], case.logits) < 1e-4
