@@ -38,7 +38,8 @@ def test_tokens_and_logits_are_transformers(name: str, speculation: str, tmp_pat
         again = llm.generate([case.prompt for case in cases], params)
         assert [result.outputs[0].token_ids for result in again] == [case.greedy for case in cases]
         assert [result.num_cached_tokens for result in again] == [0, 0, 8, 32, 96]
-        assert (llm.engine.stats().draft_tokens > 0) == (speculation == "ngram")
+        verified = any(name.startswith("verify_") for name in llm.engine.stats().steps)
+        assert verified == (speculation == "ngram")  # whether or not the text had anything to propose
         for case in cases[-2:]:
             logits = llm.logits(case.prompt)
             assert models.relative_error(np.asarray(logits)[case.positions], case.logits) < 1e-4
