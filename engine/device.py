@@ -6,8 +6,6 @@ import ctypes
 import logging
 import os
 from functools import cache
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -17,7 +15,7 @@ from pallas_kernels.native import library
 
 log = logging.getLogger("octavo.engine")
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 # JAX's device_kind, and what `pallas_kernels.target.CHIPS` calls it. A GPU's kind goes on after the name.
 CHIP_OF_KIND = {
@@ -37,7 +35,6 @@ CHIP_OF_KIND = {
 @cache
 def device_facts() -> DeviceFacts:
     """Facts of the first device: every device of a replica is alike."""
-    _share_one_heap()
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -73,24 +70,13 @@ def keep_memory() -> None:
     """On a CPU: what is freed from now on stays the process's, until `give_back_memory`.
 
     XLA allocates a program's temporaries at every call. glibc maps what is over 32 MB and unmaps it again, and the
-    kernel clears each page of it when it is touched: 6 of 15 ms of a step with a vocabulary of 128,000.
+    kernel clears each page of it when it is touched: 6 of 15 ms of a step with a vocabulary of 128,000. What is over
+    64 MB is mapped even so: heaps of threads end there.
     """
-    if jax.default_backend() == "cpu":
-        _set_malloc(_M_MMAP_MAX, 0)
-        _set_malloc(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def _share_one_heap() -> None:
-    """Where nothing but a CPU can be found, and before JAX starts its threads: a thread's own heap ends at 64 MB, and
-    temporaries over that would be mapped in spite of `keep_memory`."""
-    if not entry_points(group="jax_plugins") and find_spec("libtpu") is None:
-        _set_malloc(_M_ARENA_MAX, 1)
-
-
-def _set_malloc(option: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(option, value)
+    if mallopt is not None and jax.default_backend() == "cpu":
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _cpu_has_bfloat16() -> bool:
