@@ -123,7 +123,8 @@ class Memory:
     ) -> tuple[Array, Array | LayerStates | Tried]:
         """(values, what the layer keeps). See `engine.model.mixers.Attend`."""
         if isinstance(brought, RecurrentInput) and isinstance(cache, LayerStates):
-            return recur(config, layer, view.states, cache, brought, self.place.target)
+            out, states = recur(config, layer, view.states, cache, brought, self.place.target)
+            return out, Tried(cache, brought) if view.states.only_tries else states
         if isinstance(brought, AttentionInput) and isinstance(cache, Array):
             return self._attend(config, layer, view, cache, brought)
         raise TypeError(f"a {layer.mixer} layer brings {type(brought).__name__} to {type(cache).__name__}")

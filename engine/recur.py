@@ -48,6 +48,11 @@ class StatesView:
     decode: DecodeStates
     prefill: PrefillStates | None
 
+    @property
+    def only_tries(self) -> bool:
+        """Whether the states stay as they are."""
+        return self.prefill is not None and self.prefill.target is None
+
 
 def states_shape(model: ModelConfig, num_states: int, dtype: str) -> LayerStates:
     """Abstract `LayerStates` of one layer."""
@@ -61,7 +66,7 @@ def states_shape(model: ModelConfig, num_states: int, dtype: str) -> LayerStates
 
 def recur(
     config: ModelConfig, layer: LayerSpec, view: StatesView, cache: LayerStates, brought: RecurrentInput, target: Target
-) -> tuple[Array, LayerStates | Tried]:
+) -> tuple[Array, LayerStates]:
     """Convolve, then recur: (values [tokens, heads, head_dim], the layer's states)."""
     rows = (view.decode, view.prefill)
     convolved, windows = short_conv(brought.mixed, cache.windows, brought.weight, brought.bias, *rows, target=target)
@@ -70,23 +75,16 @@ def recur(
         out, states = ssd(inputs, cache.states, *rows, target=target)
     else:
         out, states = gated_delta(inputs, cache.states, *rows, target=target)
-    if view.prefill is not None and view.prefill.target is None:
-        return out, Tried(cache, brought)
     return out, LayerStates(windows, states)
 
 
-def tried_rows(slot: Array, count: int) -> PrefillStates:
-    """`count` tokens behind each slot's state, which stays as it is. See `take`."""
-    firsts = count * jnp.arange(slot.shape[0], dtype=jnp.int32)
-    none = jnp.full_like(firsts, -1)
-    return PrefillStates(firsts, jnp.full_like(firsts, count), slot, None, none, jnp.zeros_like(firsts), each=count)
+def tried_rows(q_start: Array, q_len: Array, slot: Array, count: int) -> PrefillStates:
+    """Chunks of `count` tokens behind each slot's state, which stays as it is. See `take`."""
+    return PrefillStates(q_start, q_len, slot, None, jnp.full_like(slot, -1), jnp.zeros_like(slot), each=count)
 
 
 def take(config: ModelConfig, layer: LayerSpec, tried: Tried, rows: PrefillStates, target: Target) -> LayerStates:
     """The layer's states after the first q_len of each row's tokens that were tried."""
     none = jnp.zeros((0,), jnp.int32)
     view = StatesView(DecodeStates(none, none != 0), rows)
-    _, states = recur(config, layer, view, tried.before, tried.brought, target)
-    if isinstance(states, Tried):
-        raise ValueError("rows name no states that tokens are taken into")
-    return states
+    return recur(config, layer, view, tried.before, tried.brought, target)[1]

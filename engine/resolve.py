@@ -142,7 +142,7 @@ def resolve(
         page_size=page_size_of(options.page_size, defaults.page_size, shards),
         num_pages=2,
         **_call_length(options, target, defaults),
-        draft_tokens=draft_tokens_of(options, model, defaults.draft_tokens),
+        draft_tokens=draft_tokens_of(options, defaults.draft_tokens),
         token_buckets=ladder(defaults.smallest_tokens, tokens, 2 if device.platform == "cpu" else 4),
         prefill_decode_buckets=(0, seqs),
         decode_buckets=ladder(defaults.smallest_rows, max(seqs, defaults.smallest_rows), 2),
@@ -175,8 +175,8 @@ def draft_model_of(options: EngineOptions) -> str | None:
     return options.draft_model
 
 
-def draft_tokens_of(options: EngineOptions, model: ModelConfig, default: int) -> int:
-    """Tokens to propose at once; 0 without speculation. Raises InvalidParam where it is not there."""
+def draft_tokens_of(options: EngineOptions, default: int) -> int:
+    """Tokens to propose at once; 0 without speculation. Raises InvalidParam where they are asked for without it."""
     if options.speculation == "none":
         if options.draft_tokens is not None:
             raise InvalidParam("draft_tokens", "needs speculation")

@@ -434,9 +434,7 @@ class Scheduler:
     def _keep_decoded(self, row: DecodeRow, state: StateMove, num_drawn: int) -> None:
         """The copy that a decode row left belongs to its page, and the one that the sequence left before goes."""
         seq, border = row.seq, row.start + state.copy_at
-        end = (
-            len(seq.token_ids) - 1
-        )  # of the tokens in the state; the row began later than planned if some were refused
+        end = len(seq.token_ids) - 1  # of the tokens in the state; it may be less than planned: some were refused
         if not end - num_drawn < border <= end:
             return
         if seq.node is None or seq.num_registered * self.config.page_size != border:

@@ -106,7 +106,7 @@ def verify_step(
     tokens = jnp.concatenate([slots.last_token[slot][:, None], jnp.maximum(proposed, 0)], axis=1)
     chunks = chunk_rows(slots, slot, active, position, max_steps)
     if compute.model.recurrence is not None:
-        chunks = replace(chunks, states=tried_rows(slot, max_steps))
+        chunks = replace(chunks, states=tried_rows(chunks.q_start, chunks.q_len, slot, max_steps))
     kv, hidden, load = forward(compute, params, kv, tokens.reshape(-1), nobody(slots), chunks)
     # One position's rows beside each other: an axis of few positions would be padded to a tile, of every row's logits.
     hidden = jnp.swapaxes(hidden.reshape(rows, max_steps, -1), 0, 1).reshape(hidden.shape)

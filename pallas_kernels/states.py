@@ -82,9 +82,7 @@ def leave_copies(pool: Array, states: DecodeStates, new: Callable[[Array], Array
     copy_to = states.copy_to
     if copy_to is None:
         return pool
-    leaves = states.active & (copy_to >= 0)
-    # Copies are rare, and a scatter that writes nothing still reads every state.
-    return jax.lax.cond(jnp.any(leaves), lambda pool: put(pool, copy_to, new(pool), leaves), lambda pool: pool, pool)
+    return put_seldom(pool, copy_to, new, states.active & (copy_to >= 0))
 
 
 def sources(pool: Array, states: PrefillStates) -> Array:
@@ -100,9 +98,12 @@ def keep(pool: Array, states: PrefillStates, last: Array, copies: Callable[[], A
     pool, copied = put(pool, states.target, last, states.q_len > 0), states.copy_len > 0
     if not states.each:
         return put(pool, states.copy_to, copies(), copied)
-    return jax.lax.cond(
-        jnp.any(copied), lambda pool: put(pool, states.copy_to, copies(), copied), lambda pool: pool, pool
-    )
+    return put_seldom(pool, states.copy_to, lambda pool: copies(), copied)
+
+
+def put_seldom(pool: Array, rows: Array, new: Callable[[Array], Array], mask: Array) -> Array:
+    """`put` of `new(pool)`, which is mostly nothing: a scatter that writes nothing still reads every state."""
+    return jax.lax.cond(jnp.any(mask), lambda pool: put(pool, rows, new(pool), mask), lambda pool: pool, pool)
 
 
 def put(pool: Array, rows: Array, new: Array, mask: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.choice import not_on
-from pallas_kernels.states import DecodeStates, OneToken, PrefillStates, leave_copies, put
+from pallas_kernels.states import DecodeStates, OneToken, PrefillStates, leave_copies, put_seldom
 from pallas_kernels.target import Target
 
 _LANES, _SUBLANES = 128, 8
@@ -69,16 +69,15 @@ def advance_few(
 
 def _with_copies(pool: Array, states: PrefillStates, tokens: tuple[Array, ...], one: OneToken) -> Array:
     """The pool with the chunks' copies, made from the states before them."""
-    copied = states.copy_len > 0
 
-    def copy(pool: Array) -> Array:
+    def copies(pool: Array) -> Array:
         state = pool[states.source]
         for t in range(states.each):
             _, after = one(state, *(x[:, t] for x in tokens))
             state = jnp.where((t < states.copy_len)[:, None, None, None], after, state)
-        return put(pool, states.copy_to, state, copied)
+        return state
 
-    return jax.lax.cond(jnp.any(copied), copy, lambda pool: pool, pool)
+    return put_seldom(pool, states.copy_to, copies, states.copy_len > 0)
 
 
 def _through(

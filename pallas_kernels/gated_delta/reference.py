@@ -43,13 +43,13 @@ def gated_delta(
         own = (a[:num_decode] for a in per_token)
         out, pool = advance(pool, decode, _tokens(*own), one_token, target)
         parts.append(out)
-    rest = tuple(a[num_decode:] for a in per_token)
-    if prefill is not None and prefill.each and advance_few is not None:
-        out, pool = advance_few(pool, prefill, _tokens(*rest), one_token, target)
-        parts.append(out)
-    elif prefill is not None:
-        shape = jax.ShapeDtypeStruct(rest[2].shape, jnp.float32)
-        out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, _block)
+    if prefill is not None:
+        rest = tuple(a[num_decode:] for a in per_token)
+        if prefill.each and advance_few is not None:
+            out, pool = advance_few(pool, prefill, _tokens(*rest), one_token, target)
+        else:
+            shape = jax.ShapeDtypeStruct(rest[2].shape, jnp.float32)
+            out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, _block)
         parts.append(out)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return out.astype(inputs.v.dtype), pool

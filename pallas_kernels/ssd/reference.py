@@ -40,13 +40,13 @@ def ssd(
         own = tuple(a[:num_decode] for a in per_token)
         out, pool = advance(pool, decode, _tokens(inputs.a, *own), one_token, target)
         parts.append(out)
-    rest = tuple(a[num_decode:] for a in per_token)
-    if prefill is not None and prefill.each and advance_few is not None:
-        out, pool = advance_few(pool, prefill, _tokens(inputs.a, *rest), one_token, target)
-        parts.append(out)
-    elif prefill is not None:
-        shape = jax.ShapeDtypeStruct(rest[0].shape, jnp.float32)
-        out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, partial(_block, inputs.a))
+    if prefill is not None:
+        rest = tuple(a[num_decode:] for a in per_token)
+        if prefill.each and advance_few is not None:
+            out, pool = advance_few(pool, prefill, _tokens(inputs.a, *rest), one_token, target)
+        else:
+            shape = jax.ShapeDtypeStruct(rest[0].shape, jnp.float32)
+            out, pool = walk(pool, prefill, rest, shape, BLOCK_TOKENS, partial(_block, inputs.a))
         parts.append(out)
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return (out + per_token[0] * inputs.skip[None, :, None]).astype(inputs.x.dtype), pool
