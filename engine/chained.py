@@ -66,7 +66,7 @@ def decode_step(
         done = t - (stages - 1)
         leaving, drawing = slot[done % stages], is_drawing(slots, done)
         length, sampling = slots.position[leaving] + 1, slots.sampling.rows(leaving)
-        drawn = sampler.draw(logits_of(compute, params, hidden), slots, leaving, sampling, length)
+        drawn = sampler.draw(logits_of(compute, params, hidden), slots, leaving, sampling, length, compute.place)
         out = _recorded(micro, out, done, drawn, drawing)
         return t + 1, x, kv, advance(slots, leaving, drawn, sampling, length, drawing), out, load
 

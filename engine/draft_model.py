@@ -112,7 +112,7 @@ def _tokens(slots: Slots, slot: Array, start: Array, count: int) -> Array:
 
 def _likeliest(draft: Compute, params: Params, hidden: Array) -> Array:
     """int32 [rows]."""
-    return best(logits_of(draft, params, hidden))
+    return best(logits_of(draft, params, hidden), draft.place)
 
 
 def _draft_of(compute: Compute) -> Compute:

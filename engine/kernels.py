@@ -21,6 +21,8 @@ from pallas_kernels.choice import Choice, KernelDeclined
 from pallas_kernels.gated import api as gated
 from pallas_kernels.gated.spec import GatedSpec
 from pallas_kernels.gated_delta import api as gated_delta
+from pallas_kernels.greedy import api as greedy
+from pallas_kernels.greedy.spec import GreedySpec
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.kv_write import api as kv_write
@@ -33,6 +35,8 @@ from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import api as quantized_matmul
 from pallas_kernels.rms_norm import api as rms_norm
 from pallas_kernels.rms_norm.spec import NormSpec
+from pallas_kernels.rope import api as rope_op
+from pallas_kernels.rope.spec import RopeSpec
 from pallas_kernels.short_conv import api as short_conv
 from pallas_kernels.ssd import api as ssd
 
@@ -55,6 +59,8 @@ def _choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
     model, layout = compute.model, compute.kv
     yield from _gated_choices(model, config)
     yield from _norm_choices(model, config)
+    yield from _rope_choices(model, config)
+    yield greedy.choice(GreedySpec(config.shards.num_devices), config.target)
     for turn in (one_turn(config, key) for key in lattice(config)):
         tokens = turn.decode_rows + turn.chunk_tokens
         for spec in dict.fromkeys(model.layers):
@@ -100,6 +106,13 @@ def _norm_choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
         sizes.append((model.delta_rule.value_dim, config.dtype))
     for size, dtype in sizes:
         yield rms_norm.choice(NormSpec(size, dtype, config.shards.num_devices), config.target)
+
+
+def _rope_choices(model: ModelConfig, config: EngineConfig) -> Iterator[Choice]:
+    """Of the rotations of queries and keys, which are the same in every program."""
+    for rope in dict.fromkeys(layer.rope for layer in model.layers if layer.mixer == "attention" and layer.rope):
+        spec = RopeSpec(model.head_dim, 2 * len(rope.inv_freq), config.dtype, config.shards.num_devices)
+        yield rope_op.choice(spec, config.target)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ depends on its neighbours. The order of operations and their meaning follow vLLM
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -14,11 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.batch import USES_BIAS, USES_COUNTS, USES_LOGPROBS, USES_MASK
+from engine.model.place import Place
 from engine.request import MAX_LOGPROBS
 from engine.slots import Sampling, Slots
+from pallas_kernels.greedy import greedy
 
 NEVER = -jnp.inf
 INT16_MAX = 32767
+CHANGES_LOGITS = USES_MASK | USES_BIAS | USES_COUNTS  # see `process`
 
 
 @jax.tree_util.register_dataclass
@@ -33,18 +35,16 @@ class Drawn:
     faulty: Array  # bool [rows], some logit was not finite
 
 
-def draw(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length: Array) -> Drawn:
+def draw(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length: Array, place: Place) -> Drawn:
     """Draw the token that makes each sequence `length + 1` long.
 
     logits: float32 [rows, vocab]; slot, length: int32 [rows]; sampling: the rows' parameters.
     """
-    faulty = ~jnp.all(jnp.isfinite(logits), axis=-1)
-    processed = process(logits, slots, slot, sampling, length)
-    greedy = best(processed)
+    likeliest, faulty = _best_and_faulty(logits, place)
+    # Where every row wants just that, nothing of the vocabulary's size is written.
+    changed = jnp.any((sampling.temperature > 0) | (sampling.flags & CHANGES_LOGITS != 0) | (length < sampling.min_len))
     token = jax.lax.cond(
-        jnp.any(sampling.temperature > 0),
-        lambda: jnp.where(sampling.temperature > 0, _draw_random(processed, sampling, length), greedy),
-        lambda: greedy,
+        changed, lambda: _draw_changed(logits, slots, slot, sampling, length, place), lambda: likeliest
     )
     logprob, top_ids, top_logprobs = jax.lax.cond(
         _any(sampling, USES_LOGPROBS), lambda: logprobs_of(logits, token), lambda: no_logprobs(token.shape[0])
@@ -52,20 +52,23 @@ def draw(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length: A
     return Drawn(token, logprob, top_ids, top_logprobs, faulty)
 
 
-def best(logits: Array) -> Array:
+def best(logits: Array, place: Place) -> Array:
     """int32 [rows]: the first of the highest logits [rows, vocab]."""
-    return jax.lax.platform_dependent(
-        logits, cpu=_best_by_blocks, default=lambda x: jnp.argmax(x, -1).astype(jnp.int32)
+    return _best_and_faulty(logits, place)[0]
+
+
+def _best_and_faulty(logits: Array, place: Place) -> tuple[Array, Array]:
+    return greedy(logits, target=place.target, num_devices=place.shards.num_devices)
+
+
+def _draw_changed(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length: Array, place: Place) -> Array:
+    processed = process(logits, slots, slot, sampling, length)
+    likeliest, is_random = best(processed, place), sampling.temperature > 0
+    return jax.lax.cond(
+        jnp.any(is_random),
+        lambda: jnp.where(is_random, _draw_random(processed, sampling, length, place), likeliest),
+        lambda: likeliest,
     )
-
-
-def _best_by_blocks(logits: Array) -> Array:
-    """A CPU finds the highest of a block in vectors, but its place one number at a time."""
-    block = math.gcd(logits.shape[1], 64)
-    blocks = logits.reshape(logits.shape[0], -1, block)
-    first = jnp.argmax(jnp.max(blocks, axis=2), axis=1)
-    inside = jnp.argmax(jnp.take_along_axis(blocks, first[:, None, None], axis=1)[:, 0], axis=1)
-    return (first * block + inside).astype(jnp.int32)
 
 
 def process(logits: Array, slots: Slots, slot: Array, sampling: Sampling, length: Array) -> Array:
@@ -140,7 +143,7 @@ def _penalise(logits: Array, slots: Slots, slot: Array, sampling: Sampling) -> A
     return jnp.where(_has(sampling, USES_COUNTS), out, logits)
 
 
-def _draw_random(logits: Array, sampling: Sampling, length: Array) -> Array:
+def _draw_random(logits: Array, sampling: Sampling, length: Array, place: Place) -> Array:
     """Gumbel-max with noise from (seed, length) alone, after temperature and the filters."""
     hot = sampling.temperature > 0
     logits = logits / jnp.where(hot, sampling.temperature, 1.0)[:, None]
@@ -148,7 +151,7 @@ def _draw_random(logits: Array, sampling: Sampling, length: Array) -> Array:
     logits = jax.lax.cond(jnp.any(filters), lambda x: filter_logits(x, sampling), lambda x: x, logits)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(sampling.seed_high, sampling.seed_low, length, logits.shape[1])
     # A TPU's compiler is slow with a generator inside of a reduction.
-    return best(jax.lax.optimization_barrier(logits + noise))
+    return best(jax.lax.optimization_barrier(logits + noise), place)
 
 
 def _gumbel(seed_high: Array, seed_low: Array, length: Array, vocab_size: int) -> Array:

@@ -71,7 +71,7 @@ def decode_step(
         drawing, position = is_drawing(i, slots), slots.position[slot]
         rows = DecodeRows(slot, position, drawing, tables, decode_copies(batch, position))
         kv, hidden, load = forward(compute, params, kv, slots.last_token[slot], rows, None)
-        drawn = sampler.draw(logits_of(compute, params, hidden), slots, slot, sampling, position + 1)
+        drawn = sampler.draw(logits_of(compute, params, hidden), slots, slot, sampling, position + 1, compute.place)
         out = record(out, i, drawn, drawing, load)
         return i + 1, kv, advance(slots, slot, drawn, sampling, position + 1, drawing), out
 
@@ -120,7 +120,7 @@ def verify_step(
     def turn(state: tuple[Array, Array, Slots, StepOutput]) -> tuple[Array, Array, Slots, StepOutput]:
         i, drawing, slots, out = state
         of_turn = jax.lax.dynamic_slice_in_dim(logits, i * rows, rows)
-        drawn = sampler.draw(of_turn, slots, slot, sampling, position + i + 1)
+        drawn = sampler.draw(of_turn, slots, slot, sampling, position + i + 1, compute.place)
         out = record(out, i, drawn, drawing, None)
         slots = advance(slots, slot, drawn, sampling, position + i + 1, drawing)
         expected = jnp.take_along_axis(proposed, jnp.minimum(i, max_steps - 2)[None, None], axis=1)[:, 0]
@@ -161,7 +161,7 @@ def prefill_step(
     drawing = jnp.concatenate([slots.active[riders], batch["samples"] != 0])
     sampling = slots.sampling.rows(slot)
     logits = logits_of(compute, params, jnp.concatenate([hidden[:num_riders], hidden[last]]))
-    drawn = sampler.draw(logits, slots, slot, sampling, length)
+    drawn = sampler.draw(logits, slots, slot, sampling, length, compute.place)
     out = record(empty_output(compute.model, slot.shape[0], 1), jnp.int32(0), drawn, drawing, load)
     out = replace(
         out,

@@ -60,17 +60,6 @@ def rope_cos_sin(rope: Rope, positions: Array) -> tuple[Array, Array]:
     return jax.lax.optimization_barrier((jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale))
 
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate [tokens, ..., head_dim] in the halves layout; dimensions past those of cos are kept."""
-    rotated = cos.shape[-1]
-    half = rotated // 2
-    shape = (cos.shape[0], *(1,) * (x.ndim - 2), half)
-    cos, sin = cos[:, :half].reshape(shape), sin[:, :half].reshape(shape)
-    left, right = x[..., :half].astype(jnp.float32), x[..., half:rotated].astype(jnp.float32)
-    turned = ((left * cos - right * sin).astype(x.dtype), (right * cos + left * sin).astype(x.dtype))
-    return jnp.concatenate([*turned, x[..., rotated:]], axis=-1)
-
-
 def gated_mlp(x: Array, weights: Params, activation: str, block: int, place: Place) -> Array:
     """down(act(gate(x)) * up(x)); x is [tokens, embed]; gate and up stand in turns of `block` columns."""
     x = place.all_tokens(x, "mlp")

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import LayerSpec, ModelConfig
-from engine.model.layers import Params, apply_rope, linear, rms_norm
+from engine.model.layers import Params, linear, rms_norm
 from engine.model.place import Place
 from pallas_kernels.gated import ACTIVATIONS
 from pallas_kernels.gated_delta.api import DeltaInput
+from pallas_kernels.rope import rotate, split_rotated
 from pallas_kernels.ssd.api import SSDInput
 
 
@@ -69,19 +70,25 @@ def attention(
     if config.qkv_bias:
         qkv = qkv + weights["qkv_bias"].reshape(1, -1)
     qkv = qkv.reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
-    qk, v = qkv[:, :, : group + 1], qkv[:, :, group + 1]
-    qk = QK_NORMS[config.qk_norm](config, place, qk, weights)
-    if rope is not None:
-        qk = apply_rope(qk, *rope)
-    q, k = qk[:, :, :group], qk[:, :, group]
+    if config.qk_norm != "none":
+        qk = QK_NORMS[config.qk_norm](config, place, qkv[:, :, :-1], weights)
+        qkv = jnp.concatenate([qk, qkv[:, :, -1:]], axis=2)
+    q, k, v = _parted(qkv, rope, place)
     sinks = weights["sinks"].reshape(-1) if config.attention_sinks else None
-    out, cache = see(AttentionInput(q.reshape(tokens, config.num_q_heads, config.head_dim), k, v, sinks))
+    out, cache = see(AttentionInput(q, k, v, sinks))
     out = out.reshape(tokens, -1)
     if config.attention_gate:
         gate = linear(x, weights["attn_gate"], place.target).astype(jnp.float32)
         out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(x.dtype)
     out = place.sum(linear(out, weights["o"], place.target), "kv_heads")
     return out + weights["o_bias"][None] if config.output_bias else out, cache
+
+
+def _parted(qkv: Array, rope: Rotation, place: Place) -> tuple[Array, Array, Array]:
+    """(q, k, v), with positions where there are any; see `pallas_kernels.rope.split_rotated`."""
+    if rope is not None:
+        return split_rotated(qkv, *rope, target=place.target, num_devices=place.shards.num_devices)
+    return qkv[:, :, :-2].reshape(qkv.shape[0], -1, qkv.shape[3]), qkv[:, :, -2], qkv[:, :, -1]
 
 
 def latent_attention(
@@ -95,10 +102,10 @@ def latent_attention(
     if latent.q_rank is not None:
         queries = rms_norm(linear(x, weights["q_a"], place.target), weights["q_a_norm"], config.norm_eps, place)
     q = linear(queries, weights["q"], place.target).reshape(tokens, config.num_q_heads, -1)
-    q = jnp.concatenate([q[..., : latent.nope_dim], apply_rope(q[..., latent.nope_dim :], *rope)], axis=-1)
+    q = jnp.concatenate([q[..., : latent.nope_dim], rotate(q[..., latent.nope_dim :], *rope)], axis=-1)
     row = linear(x, weights["kv_a"], place.target)
     compressed = rms_norm(row[:, : latent.kv_rank], weights["kv_a_norm"], config.norm_eps, place)
-    row = jnp.concatenate([compressed, apply_rope(row[:, latent.kv_rank :], *rope)], axis=-1)
+    row = jnp.concatenate([compressed, rotate(row[:, latent.kv_rank :], *rope)], axis=-1)
     out, cache = see(AttentionInput(q, row[:, None], None, up=(weights["k_up"], weights["v_up"])))
     return place.sum(linear(out.reshape(tokens, -1), weights["o"], place.target), "q_heads"), cache
 
@@ -187,4 +194,4 @@ def _norm_full(config: ModelConfig, place: Place, qk: Array, weights: Params) ->
 # What a recurrence reads, of (config, what was convolved [tokens, channels], *RecurrentInput.beside).
 RECURRENCES: dict[str, Callable[..., SSDInput | DeltaInput]] = {"mamba2": _ssd_input, "gated_delta": _delta_input}
 MIXERS = {"attention": attention, "latent": latent_attention, "mamba2": mamba2, "gated_delta": gated_delta}
-QK_NORMS = {"none": lambda config, place, qk, weights: qk, "head": _norm_heads, "full": _norm_full}
+QK_NORMS = {"head": _norm_heads, "full": _norm_full}

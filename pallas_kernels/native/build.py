@@ -48,8 +48,7 @@ def build(target: Path) -> None:
     sources = [("native.cc", [f"-isystem{SOURCE}"])]
     for isa in isas:
         flags = [*FLAGS[isa], f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
-        own = ("kernels.cc", "matmul.cc", "bytes.cc", "attention.cc", "gate.cc", "norm.cc")
-        sources += [(source, flags) for source in own]
+        sources += [(source.name, flags) for source in sorted(SOURCE.glob("*.cc")) if source.name != "native.cc"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(folder) / f"{i}.o" for i in range(len(sources))]
         done = [pool.submit(_compile, compiler, *source, to) for source, to in zip(sources, objects, strict=True)]

@@ -62,6 +62,25 @@ struct Norm {
   float eps;
 };
 
+// Of each token's KV heads, `turns` vectors of head_dim numbers: its queries, its key, its value. The first `rotated` numbers
+// of queries and keys turn by pairs half of that apart: left * cos - right * sin, right * cos + left * sin.
+struct Rope {
+  const void* x;           // [tokens, heads, turns, head_dim]
+  const float *cos, *sin;  // [tokens, rotated], each half the same
+  void* q;                 // [tokens, heads, turns - 2, head_dim], of x's type, as kv
+  void* kv;                // [tokens, heads, 2, head_dim]
+  bool is_bfloat16;
+  int64_t heads, turns, head_dim, rotated;
+};
+
+// The first of the highest numbers of each row; faulty: one is not finite, and any may be the token.
+struct Greedy {
+  const float* logits;  // [rows, vocab]
+  int32_t* token;
+  bool* faulty;
+  int64_t vocab;
+};
+
 // Attention of queries [tokens, q_heads, head_dim] over pages of rows of `width` elements, a row a token.
 struct Attention {
   const void* q;
@@ -113,6 +132,8 @@ struct Kernels {
   void (*round)(const Rounded&, int64_t begin, int64_t end);
   void (*gate)(const Gate&, int64_t begin, int64_t end);       // of blocks, whose size is a multiple of half of `lanes`
   void (*norm)(const Norm&, int64_t begin, int64_t end);       // of rows, likewise
+  void (*rope)(const Rope&, int64_t begin, int64_t end);       // of tokens, likewise half of `rotated`
+  void (*greedy)(const Greedy&, int64_t begin, int64_t end);   // of rows
   // Everything that at most kTaskRows queries see. scratch: scratch_floats, of the thread's own; after: whose keys the
   // thread reads next, or null.
   void (*attend)(const Attention&, const Queries&, const Keys* after, float* scratch);

@@ -18,8 +18,11 @@ MATMUL = "octavo_matmul"
 PACKED_MATMUL = "octavo_packed_matmul"
 GATE = "octavo_gate"
 NORM = "octavo_norm"
+ROPE = "octavo_rope"
+GREEDY = "octavo_greedy"
 DECODE_ATTENTION = "octavo_decode_attention"
 PREFILL_ATTENTION = "octavo_prefill_attention"
+CALLS = (MATMUL, PACKED_MATMUL, GATE, NORM, ROPE, GREEDY, DECODE_ATTENTION, PREFILL_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def library(path: Path = LIBRARY) -> Library:
         if not isa:
             return Library("", "this CPU has none of the instruction sets that it was built for")
         jax.devices("cpu")  # before it exists, a kernel that it refuses would take the backend with it
-        for name in (MATMUL, PACKED_MATMUL, GATE, NORM, DECODE_ATTENTION, PREFILL_ATTENTION):
+        for name in CALLS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         return Library("", f"{path.name} cannot be used: {' '.join(str(error).split())}")

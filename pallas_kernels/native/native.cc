@@ -309,6 +309,31 @@ static ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y,
   return ffi::Error::Success();
 }
 
+static ffi::Error rope(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::F32> cos, ffi::BufferR2<ffi::F32> sin,
+                       ffi::Result<ffi::AnyBuffer> q, ffi::Result<ffi::AnyBuffer> kv, std::string_view isa) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  const auto sizes = x.dimensions();
+  const Rope r{x.untyped_data(), cos.typed_data(), sin.typed_data(), q->untyped_data(), kv->untyped_data(),
+               x.element_type() == ffi::DataType::BF16, sizes[1], sizes[2], sizes[3], cos.dimensions()[1]};
+  if (r.rotated % kernels->lanes || r.head_dim % (kernels->lanes / 2))
+    return ffi::Error::InvalidArgument("halves of what turns, and heads, must be whole vectors");
+  const int64_t tokens = sizes[0], each = std::max<int64_t>(1, kNormed / (r.heads * r.turns * r.head_dim));
+  run_all(pool, (tokens + each - 1) / each, [&](int64_t i) { kernels->rope(r, i * each, std::min((i + 1) * each, tokens)); });
+  return ffi::Error::Success();
+}
+
+static ffi::Error greedy(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::ResultBufferR1<ffi::S32> token,
+                         ffi::ResultBufferR1<ffi::PRED> faulty, std::string_view isa) {
+  const Kernels* kernels = found(std::string(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+  const int64_t rows = logits.dimensions()[0], vocab = logits.dimensions()[1];
+  const Greedy g{logits.typed_data(), token->typed_data(), faulty->typed_data(), vocab};
+  const int64_t each = std::max<int64_t>(1, kNormed / vocab);
+  run_all(pool, (rows + each - 1) / each, [&](int64_t i) { kernels->greedy(g, i * each, std::min((i + 1) * each, rows)); });
+  return ffi::Error::Success();
+}
+
 // What decode and prefill calls share. `heads` KV heads stand head_stride elements apart in a page's row, each key
 // value_offset before its value; exponents: where a quantized row's powers of two begin.
 struct Layout {
@@ -495,6 +520,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_norm, octavo::norm,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("isa")
                                   .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_rope, octavo::rope,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_greedy, octavo::greedy,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::BufferR1<ffi::PRED>>()
+                                  .Attr<std::string_view>("isa"));
 
 #define OCTAVO_ATTENTION_ATTRIBUTES   \
   .Arg<ffi::BufferR1<ffi::F32>>()     \

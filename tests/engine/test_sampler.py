@@ -19,6 +19,7 @@ from scipy.stats import chisquare
 
 from engine import sampler, steps
 from engine.batch import USES_LOGPROBS, build_configure, configure_layout, sampling_row
+from engine.model.place import ALONE
 from engine.request import MAX_LOGPROBS, MAX_STOP_IDS, Request, SamplingParams
 from engine.sampler import Drawn
 from engine.sequence import Sequence
@@ -28,7 +29,7 @@ from tests.engine.world import oracle_scores
 
 ROWS = 8
 CONFIG = config(max_num_seqs=ROWS, max_model_len=48)
-jit_draw = jax.jit(sampler.draw)
+jit_draw = jax.jit(partial(sampler.draw, place=ALONE))
 jit_process = jax.jit(sampler.process)
 
 
@@ -310,7 +311,7 @@ def empirical(one: Row, by: str, wanted: int = 20_000) -> np.ndarray:
         else:
             seeded = replace(sampling, seed_low=jnp.full_like(sampling.seed_low, i))
         cut = jax.tree.map(lambda a: a[:1], (logits, slot, seeded, at))
-        return sampler.draw(cut[0], slots, cut[1], cut[2], cut[3]).token[0]
+        return sampler.draw(cut[0], slots, cut[1], cut[2], cut[3], ALONE).token[0]
 
     return np.bincount(np.asarray(many(index)), minlength=len(one.logits))
 
