@@ -226,7 +226,7 @@ def test_a_devices_share_runs_on_kernels(name: str, chip: str, sharding: str) ->
 
 def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
     """Ops that no kernel serves, as docs/architecture.md's table says."""
-    ops = {"matmul", "gated", "rms_norm", *(["expanded_prefill"] if model.latent else [])}
+    ops = {"matmul", "gated", "rms_norm", "rope", "greedy", *(["expanded_prefill"] if model.latent else [])}
     if model.recurrence:
         ops |= {"short_conv"} | ({"ssd", "gated_delta"} if platform == "gpu" else set())
     if platform == "gpu":
