@@ -11,7 +11,8 @@ hopper_mixed_type_matmul_mgpu.py (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,26 +80,27 @@ def lefts(values_smem: Any, start: int, rows: int, w: Packed) -> Iterator[Left]:
     """Of rows [start, start + rows) of a step's weight, which lie in one group; x's columns are in the same order."""
     if w.format != "int4":
         for row in range(start, start + rows, w.depth):
-            yield Left(_wide(_left(values_smem, row, w.depth), w.format), row)
+            yield Left(_wide(values_smem, row, w), row)
         return
     half = rows // 2
     for offset in range(0, half, w.depth):
-        low, high = _nibbles(_left(values_smem, start // 2 + offset, w.depth), w.offsets)
+        low, high = _nibbles(_bits(values_smem, start // 2 + offset, w.depth), w.offsets)
         yield Left(low, start + offset)
         yield Left(high, start + half + offset, times=16)
 
 
-def multiply(acc_ref: Any, left: Left, x_smem: Any) -> None:
-    """acc_ref [columns, tokens] += left times its columns of x [tokens, bk]."""
-    columns = pl.ds(left.column, left.numbers.shape[1])
-    plgpu.wgmma(acc_ref, left.numbers, x_smem.at[:, columns].transpose((1, 0)))
+def product(operands: Iterable[Left], x: Callable[[int, int], Any], start: Array, interpret: bool) -> Array:
+    """start, float32 [columns, tokens], plus the operands times x; x(first, count): those columns, [tokens, count]."""
+    pairs = ((left.numbers, x(left.column, left.numbers.shape[1])) for left in operands)
+    if interpret:  # whose wgmma takes the left operand from shared memory only
+        return functools.reduce(jnp.add, (_float32_dot(left, right[...].T) for left, right in pairs), start)
 
+    def add(acc_ref: Any) -> None:
+        for left, right in pairs:
+            plgpu.wgmma(acc_ref, left, right.transpose((1, 0)))
 
-def interpreted(left: Left, x_smem: Any) -> Array:
-    """The same product, float32, for the interpreter, whose wgmma takes a left operand from shared memory only."""
-    columns = x_smem[:, pl.ds(left.column, left.numbers.shape[1])].T
-    wide = (operand.astype(jnp.float32) for operand in (left.numbers, columns))
-    return jnp.dot(*wide, precision=lax.Precision.HIGHEST)
+    acc: Any = plgpu.WGMMAAccumulatorRef.init(start)
+    return pl.run_state(add)(acc)
 
 
 def spread(scales_ref: Any, columns: int) -> Array:
@@ -108,32 +110,53 @@ def spread(scales_ref: Any, columns: int) -> Array:
 
 
 def store_transposed(ref: Any, value: Array) -> None:
-    """value [columns, tokens] to ref [tokens, columns]."""
-    store(ref.transpose((1, 0)), plgpu.layout_cast(value, SINGLE))
+    """value [columns, tokens] to ref [tokens, columns]: 8 by 8 numbers of 16 bits at a time, other ones one by one.
 
-
-def store(ref: Any, value: Array) -> None:
-    """With bank conflicts, which JAX before 0.12 allows as such and later versions on demand."""
-    on_demand = getattr(plgpu, "store", None)
-    if on_demand is None:
-        ref[...] = value
+    With bank conflicts, which JAX before 0.12 allows as such, and knows no other way, and later versions on demand.
+    """
+    store = getattr(plgpu, "store", None)
+    by_eights = store is not None and value.dtype.itemsize == 2
+    value = plgpu.layout_cast(value, plgpu.Layout.WGMMA if by_eights else SINGLE)
+    if store is None:
+        ref.transpose((1, 0))[...] = value
     else:
-        on_demand(ref, value, optimized=False)
+        store(ref.transpose((1, 0)), value, optimized=False)
 
 
-def _left(values_smem: Any, start: int, depth: int) -> Array:
+def _load(values_smem: Any, start: int, depth: int) -> Array:
     """Bytes [bn, depth] of rows [start, start + depth): a byte a load, from swizzled rows without bank conflicts."""
-    rows = values_smem.at[pl.ds(start, depth), :].transpose((1, 0))
-    return plgpu.layout_cast(plgpu.load(rows, layout=SINGLE, optimized=False), plgpu.Layout.WGMMA)
+    return plgpu.load(values_smem.at[pl.ds(start, depth), :].transpose((1, 0)), layout=SINGLE, optimized=False)
 
 
-def _nibbles(signed: Array, offsets: bool) -> tuple[Array, Array]:
-    """bfloat16 low nibbles and 16 times the high ones, of bytes as int8. Without offsets a nibble counts from -8."""
-    low = (signed & 15).astype(jnp.bfloat16)
-    high = ((signed ^ -128) & -16).astype(jnp.bfloat16)  # 16 * (nibble - 8), with its sign
-    return (low, high + 128) if offsets else (low - 8, high)
+def _bits(values_smem: Any, start: int, depth: int) -> Array:
+    """The bytes as int16, of which the upper half is to be masked away: what a GPU computes with two at a time."""
+    return plgpu.layout_cast(_load(values_smem, start, depth).astype(jnp.int16), plgpu.Layout.WGMMA)
 
 
-def _wide(numbers: Array, format: str) -> Array:
-    """bfloat16, exact. Hopper converts float8 to float16 only, so it goes by way of float32."""
-    return (numbers if format == "int8" else numbers.astype(jnp.float32)).astype(jnp.bfloat16)
+def _counted(bits: Array) -> Array:
+    """bfloat16 128 + bits, of int16 bits up to 128: a unit is the last place of 128."""
+    return lax.bitcast_convert_type(bits | 0x4300, jnp.bfloat16)
+
+
+def _nibbles(bits: Array, offsets: bool) -> tuple[Array, Array]:
+    """bfloat16 low nibbles and 16 times the high ones, of bytes. Without offsets a nibble counts from -8."""
+    low = _counted(bits & 15) - (128 if offsets else 136)
+    high = _counted(bits & 0x70) - _counted((bits & 0x80) ^ 0x80)  # 16 * (nibble - 8): 128 or 256 is taken from it
+    return low, high + 128 if offsets else high
+
+
+def _integers(bits: Array) -> Array:
+    """bfloat16 of int8."""
+    return _counted(bits & 0x7F) - _counted(bits & 0x80)
+
+
+def _wide(values_smem: Any, start: int, w: Packed) -> Array:
+    """bfloat16 of 8-bit numbers, exact. Hopper converts float8 to float16 only, so it goes by way of float32."""
+    if w.format == "int8":
+        return _integers(_bits(values_smem, start, w.depth))
+    numbers = plgpu.layout_cast(_load(values_smem, start, w.depth), plgpu.Layout.WGMMA)
+    return numbers.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def _float32_dot(left: Array, right: Array) -> Array:
+    return jnp.dot(left.astype(jnp.float32), right.astype(jnp.float32), precision=lax.Precision.HIGHEST)

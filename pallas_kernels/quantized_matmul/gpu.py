@@ -25,18 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import not_on_hopper
-from pallas_kernels.packed_gpu import (
-    Left,
-    Packed,
-    interpreted,
-    lefts,
-    multiply,
-    packed,
-    spread,
-    store_transposed,
-    stored,
-    tiled,
-)
+from pallas_kernels.packed_gpu import Packed, lefts, packed, product, spread, store_transposed, stored, tiled
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul.reference import quantize_rows
 from pallas_kernels.target import Target
@@ -178,10 +167,19 @@ def _kernel(
 
     def body(_: Any, x_smem: Any, values_smem: Any, *rest: Any) -> Array:
         *scales_smem, total = rest
+
+        def columns_of_x(first: int, count: int) -> Any:
+            return x_smem.at[:, pl.ds(first, count)]
+
         for group in range(max(1, b.bk // w.group)):
             rows = min(b.bk, w.group)
-            part = _group_sum(x_smem, list(lefts(values_smem, group * rows, rows, w)), b, interpret)
-            total = total + (part if not scales_smem else part * spread(scales_smem[0].at[group], b.bt))
+            operands = lefts(values_smem, group * rows, rows, w)
+            if scales_smem:
+                total = total + product(operands, columns_of_x, zero, interpret) * spread(
+                    scales_smem[0].at[group], b.bt
+                )
+            else:
+                total = product(operands, columns_of_x, total, interpret)
         plgpu.commit_smem()  # every warp has read the stage before TMA fills it anew
         return total
 
@@ -194,16 +192,3 @@ def _kernel(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[split, pl.ds(token * b.bt, b.bt), columns])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _group_sum(x_smem: Any, operands: list[Left], b: Blocks, interpret: bool) -> Array:
-    """float32 [bn, bt]: the rows of the step's weight in `operands`, unscaled, times x's columns."""
-    if interpret:
-        return functools.reduce(jnp.add, [interpreted(left, x_smem) for left in operands])
-
-    def sums(acc_ref: Any) -> Array:
-        for left in operands:
-            multiply(acc_ref, left, x_smem)
-        return acc_ref[...]
-
-    return pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((b.bn, b.bt), jnp.float32))
