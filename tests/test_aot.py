@@ -230,7 +230,7 @@ def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
     if model.recurrence:
         ops |= {"short_conv"} | ({"ssd", "gated_delta"} if platform == "gpu" else set())
     if platform == "gpu":
-        ops |= {"kv_write"} | ({"quantized_matmul", "grouped_matmul"} if packed else set())
+        ops |= {"kv_write"} | ({"quantized_matmul"} if packed else set())
         if model.latent:
             ops |= {"prefill_attention"} | ({"decode_attention"} if packed else set())
     return ops

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.choice import not_on
+from pallas_kernels.grouped_matmul.scales import declines_scales
 from pallas_kernels.grouped_matmul.visits import visits
 from pallas_kernels.packed_tpu import interleave_halves, multiplies, read_numbers, vmem_limit
 from pallas_kernels.quantized import Quantized
@@ -67,19 +68,10 @@ def declines(spec: GroupedSpec, target: Target) -> str | None:
 
 
 def _declines_packed(spec: GroupedSpec) -> str | None:
-    if spec.scale_dtype not in ("float32", "bfloat16"):
-        return f"scales are {spec.scale_dtype}; float32 and bfloat16 are served"
-    if spec.activations == "dynamic_32":
-        return "activations with a scale for every 32"
-    if spec.group == spec.k and not spec.offsets:
-        return None
-    if spec.activations == "dynamic":
-        return f"dynamic activations with groups of {spec.group}; one scale a column is served"
-    if spec.group % 32 or spec.group > _STEP:
-        return f"groups of {spec.group} rows; multiples of 32 up to {_STEP} are served"
-    if spec.k > _WHOLE_K and spec.k % _unit(spec.k, spec.group):
+    reason = declines_scales(spec)
+    if reason is None and spec.k > _WHOLE_K and spec.k % _unit(spec.k, spec.group):
         return f"K {spec.k} is over {_WHOLE_K} and not a multiple of 8 groups of {spec.group}"
-    return None
+    return reason
 
 
 def run(x: Array, w: Array | Quantized, group_sizes: Array, *, target: Target) -> Array:

@@ -23,8 +23,8 @@ CALLS = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu"}
 SHORT = {
     "v6e": {"qwen3_30b_up_32", "qwen3_30b_up_4k_int4", "mixtral_8x7b_down_4k", "e4m3_dynamic"},
     "tpu7x": {"qwen3_30b_up_32_e4m3"},
-    "h100": {"qwen3_30b_up_4k"},
-    "h200": {"qwen3_30b_up_32"},
+    "h100": {"qwen3_30b_up_4k", "qwen3_30b_up_4k_int4", "int8", "int4_groups_of_96_offsets", "e4m3_dynamic"},
+    "h200": {"qwen3_30b_up_32", "qwen3_30b_up_32_int8", "int4_groups_of_256"},
 }
 MATRIX = [
     pytest.param(chip, case, id=f"{chip}-{case.name}", marks=() if case.name in names else pytest.mark.slow)

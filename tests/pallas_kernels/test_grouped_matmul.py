@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.choice import KernelDeclined
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import gpu, gpu_packed, grouped_matmul
 from pallas_kernels.grouped_matmul.api import GroupedSpec, choice
 from pallas_kernels.grouped_matmul.cases import REAL, SMALL, Case, even, skewed
-from pallas_kernels.quantized import Quantized, dequantize, quantize
+from pallas_kernels.packed_gpu import packed
+from pallas_kernels.quantized import Quantized, dequantize, quantize, quantized_shape
 from pallas_kernels.quantized_matmul.reference import quantize_rows
 from pallas_kernels.target import CPU, Target
 
@@ -40,6 +41,8 @@ SHORT = {
     "int8_dynamic",
     "int4_groups_of_64_offsets",
     "int4_groups_of_32_bf16",
+    "int4_groups_of_256",
+    "int4_many_rows",
     "e4m3",
     "k_in_steps",
 }
@@ -146,6 +149,33 @@ def test_the_check_fails_when_groups_are_shifted_by_one_row(implementation: str)
     assert error(got, call.wanted) > 100 * TOLERANCE[case.dtype]
 
 
+def swapped_nibbles(w: Quantized) -> Quantized:
+    return replace(w, values=(w.values >> 4) | (w.values << 4))
+
+
+def moved_scales(w: Quantized) -> Quantized:
+    return replace(w, scales=jnp.roll(w.scales, 1, axis=1))
+
+
+def moved_offsets(w: Quantized) -> Quantized:
+    assert w.offsets is not None
+    return replace(w, offsets=jnp.roll(w.offsets, 1, axis=1))
+
+
+def next_expert(w: Quantized) -> Quantized:
+    return replace(w, values=jnp.roll(w.values, 1, axis=0))
+
+
+@pytest.mark.parametrize("spoil", [swapped_nibbles, moved_scales, moved_offsets, next_expert])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("tpu", marks=pytest.mark.slow), "gpu"])
+def test_the_check_fails_when_a_packed_weight_is_spoilt(implementation: str, spoil: Any) -> None:
+    case = Case(name="spoilt", sizes=(5, 4), format="int4", group=64, symmetric=False, dtype="bfloat16")
+    call = make(case)
+    assert isinstance(call.w, Quantized)
+    got = run(TARGETS[implementation], case, replace(call, w=spoil(call.w)))
+    assert error(got, call.wanted) > 10 * tolerance(case)
+
+
 @pytest.mark.parametrize("format", ["none", "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -204,10 +234,46 @@ def test_cases_say_what_they_mean() -> None:
         assert len(even(rows, experts)) == len(skewed(rows, experts)) == experts
 
 
+@pytest.mark.parametrize(("platform", "chip"), [("tpu", "v6e"), ("gpu", "h100")])
 @pytest.mark.parametrize(("format", "group"), [("int8", 128), ("int8", 32), ("int4", 32)])
-def test_rows_rounded_by_blocks_are_left_to_plain_jax(format: Any, group: int) -> None:
+def test_rows_rounded_by_blocks_are_left_to_plain_jax(platform: Any, chip: str, format: Any, group: int) -> None:
     """The kernel knows one scale a row and would multiply by another rounding's numbers."""
     spec = GroupedSpec(4, 128, 128, 2, "bfloat16", format, group, activations="dynamic_32")
-    made = choice(spec, Target("tpu", "v6e"))
+    made = choice(spec, Target(platform, chip))
     assert made.implementation.name == "reference"
-    assert dict(made.declined)["tpu"] == "activations with a scale for every 32"
+    assert dict(made.declined)[platform] == "activations with a scale for every 32"
+
+
+@pytest.mark.parametrize(("platform", "chip"), [("tpu", "v6e"), ("gpu", "h100")])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scale_dtype": "float16"}, "scales are float16"),
+        ({"group": 16}, "groups of 16 rows"),
+        ({"group": 48}, "groups of 48 rows"),
+        ({"group": 1024}, "groups of 1024 rows"),
+        ({"group": 2048, "offsets": True}, "groups of 2048 rows"),
+        ({"format": "int8", "activations": "dynamic"}, "dynamic activations with groups of 64"),
+        ({"dtype": "float16"}, "x is float16"),
+        ({"k": 2080, "group": 32}, "K 2080"),
+        ({"n": 100}, "N 100"),
+    ],
+)
+def test_declines_name_the_numbers(platform: Any, chip: str, change: dict[str, Any], reason: str) -> None:
+    spec = replace(GroupedSpec(4, 2048, 256, 2, "bfloat16", "int4", 64), **change)
+    assert reason in dict(choice(spec, Target(platform, chip)).declined)[platform]
+
+
+@pytest.mark.parametrize("group", [*range(32, 513, 32), None])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_every_group_has_stages_on_a_gpu(format: Any, group: int | None) -> None:
+    """Of whole groups or parts of one, whole left operands of both halves; two stages and a result fit the memory."""
+    target, k = Target("gpu", "h100"), 64 * (group or 7)
+    for tokens in (8, 64, 512, 4096):
+        w = quantized_shape((8, k, 256), format, group, symmetric=group is None)
+        b, form = gpu.blocks(tokens, w, target), packed(w)
+        assert k % b.bk == 0 and (b.bk % w.group == 0 or w.group % b.bk == 0)
+        assert b.bk % (form.depth * form.packing) == 0 and min(b.bk, w.group) % (form.depth * form.packing) == 0
+        assert b.stages >= 2 and target.facts is not None
+        ring = b.stages * gpu_packed.stage_bytes(w, b.bm, b.bn, b.bk)
+        assert ring + 2 * 2 * b.bn * min(64, b.bm) + 1024 <= target.facts.scratch_bytes
