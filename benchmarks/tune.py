@@ -35,6 +35,7 @@ from pallas_kernels.grouped_matmul import tpu as grouped_tpu
 from pallas_kernels.paged_attention import gpu as attention_gpu
 from pallas_kernels.paged_attention import tpu as attention_tpu
 from pallas_kernels.paged_attention.tpu_shape import shape_for
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.quantized_matmul import gpu as quantized_gpu
 from pallas_kernels.quantized_matmul import tpu as quantized_tpu
 from pallas_kernels.target import Target
@@ -114,9 +115,10 @@ def _grouped_tpu(work: Work, target: Target) -> Search:
 
 
 def _grouped_gpu(work: Work, target: Target) -> Search:
-    start = asdict(grouped_gpu.blocks(work.case.num_tokens, _weight(work), target))
-    options = {"stages": (3, 4, 5, 6, 7, 8), "bm": (64, 128)}
-    return Search(start, options)
+    w = _weight(work)
+    start = asdict(grouped_gpu.blocks(work.case.num_tokens, w, target))
+    rows = (16, 32, 64, 128) if isinstance(w, Quantized) else (64, 128)
+    return Search(start, {"stages": (3, 4, 5, 6, 7, 8), "bm": rows})
 
 
 def _attention_tpu(work: Work, target: Target) -> Search:

@@ -96,6 +96,7 @@ def test_a_trial_is_of_one_op_and_ends() -> None:
         ("paged_attention", "llama8b_decode_64x1k"),
         ("paged_attention", "llama8b_prefill_1k"),
         ("grouped_matmul", "qwen3_30b_up_32"),
+        ("grouped_matmul", "qwen3_30b_up_32_int4"),
         ("quantized_matmul", "llama_8b_down_int4_128_16"),
     ],
 )
