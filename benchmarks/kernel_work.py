@@ -272,7 +272,7 @@ def grouped_work(case: grouped_cases.Case) -> Work:
     item = jnp.dtype(case.dtype).itemsize
     packed = None
     if case.format != "none":
-        packed = quantized_shape(shape, case.format, case.group, case.symmetric, case.activations)
+        packed = quantized_shape(shape, case.format, case.group, case.symmetric, case.activations, case.scale_dtype)
     held = math.prod(shape) * item if packed is None else tree_bytes(packed)
 
     def call(x: Array, sizes: Array, w: Any, target: Target) -> Array:

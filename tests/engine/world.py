@@ -112,10 +112,11 @@ CONFIG = EngineConfig(
 
 
 FEWER = replace(CONFIG, token_buckets=(48,), decode_buckets=(6,))  # programs; CONFIG has the buckets' borders
+FEWEST = replace(FEWER, prefill_decode_buckets=(6,))
 SHALLOW = replace(MODEL, layers=MODEL.layers[:2], tie_embeddings=False)  # so that a text does not repeat one token
 DRAFT = Draft(SHALLOW, "float32", "float32", (), CONFIG.shards)
-DRAFTED = replace(FEWER, prefill_decode_buckets=(6,), draft_tokens=3, draft=DRAFT)
-RECURRENT = replace(FEWER, prefill_decode_buckets=(6,), state_checkpoints=6)
+DRAFTED = replace(FEWEST, draft_tokens=3, draft=DRAFT)
+RECURRENT = replace(FEWEST, state_checkpoints=6)
 # Another family, of experts and latents, with a cache of another dtype.
 OTHER = replace(DRAFT, model=LATENT, kv_cache_dtype="int8")
 # What the equality net runs over: (model, configuration).
@@ -125,7 +126,7 @@ KINDS = {
     "latent": (LATENT, replace(FEWER, token_buckets=CONFIG.token_buckets)),  # one bucket absorbs, one expands
     "states": (STATE_SPACE, replace(RECURRENT, target=CPU)),
     "delta": (DELTA, RECURRENT),
-    "ngram": (MODEL, replace(FEWER, prefill_decode_buckets=(6,), draft_tokens=3)),
+    "ngram": (MODEL, replace(FEWEST, draft_tokens=3)),
     "states-ngram": (STATE_SPACE, replace(RECURRENT, draft_tokens=3)),
     "delta-ngram": (DELTA, replace(RECURRENT, draft_tokens=3)),
     "states-draft": (STATE_SPACE, replace(RECURRENT, draft_tokens=3, draft=DRAFT)),
@@ -134,7 +135,6 @@ KINDS = {
     "other": (SHALLOW, replace(DRAFTED, draft=OTHER)),
     "packed": (MODEL, replace(FEWER, target=CPU, quantization="int8", kv_cache_dtype="int8")),
 }
-STORED = replace(FEWER, prefill_decode_buckets=(6,))
 # And over checkpoints that stay packed as they are stored, each written into a folder.
 CHECKPOINTS: dict[str, Callable[[Path], GgufCheckpoint | HfCheckpoint]] = {
     "Q4_K": lambda folder: open_gguf(write(folder / "model.gguf", {"attn_v": Kind.Q6_K}, Kind.Q4_K, vocab=97)),
@@ -203,8 +203,8 @@ def random_params(model: ModelConfig, config: EngineConfig, seed: int) -> dict[s
 def _stored_world(open_in: Callable[[Path], GgufCheckpoint | HfCheckpoint]) -> World:
     """Its oracle computes in float32 with the weights that the format says."""
     with tempfile.TemporaryDirectory() as folder:
-        both = load_both(open_in(Path(folder)), STORED.laid_for)
-    config = replace(STORED, stored=tuple(both.packings.items()))
+        both = load_both(open_in(Path(folder)), FEWEST.laid_for)
+    config = replace(FEWEST, stored=tuple(both.packings.items()))
     return _world(both.opened.config, config, both.packed, jax.device_put(both.wide))
 
 
