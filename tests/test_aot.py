@@ -233,8 +233,8 @@ def left_to_xla(model: ModelConfig, platform: str, packed: bool) -> set[str]:
         ops |= {"short_conv"} | ({"ssd", "gated_delta"} if platform == "gpu" else set())
     if platform == "gpu":
         ops |= {"kv_write"} | ({"quantized_matmul"} if packed else set())
-        if model.latent:
-            ops |= {"prefill_attention"} | ({"decode_attention"} if packed else set())
+        if model.latent and packed:
+            ops |= {"prefill_attention", "decode_attention"}
     return ops
 
 

@@ -63,6 +63,7 @@ class Case:
 
 
 _LATENT: dict[str, Any] = {"q_heads": 8, "kv_heads": 1, "head_dim": 192, "value_dim": 128}
+_LATENT_16: dict[str, Any] = {**_LATENT, "q_heads": 16}
 _LATENT_128: dict[str, Any] = {**_LATENT, "q_heads": 128}
 # Small: every feature, sizes that an interpreter can do.
 DECODE = (
@@ -118,6 +119,10 @@ PREFILL = (
     Case(name="prefill_latent_bfloat16", lengths=(150, 6), queries=(30, 6), dtype="bfloat16", page_size=32, **_LATENT),
     Case(name="prefill_latent_128_heads", lengths=(5, 20), queries=(5, 7), padding=2, dtype="bfloat16",
          **_LATENT_128),
+    # A few queries a row, as in verification: contexts of many key blocks, of which the first's last is not every
+    # query's; an odd chunk, one from the start, idle rows.
+    Case(name="prefill_latent_verify", lengths=(259, 700, 70, 5, 0, 0), queries=(5, 4, 1, 5, 0, 0), padding=2,
+         dtype="bfloat16", page_size=32, pages_per_seq=32, **_LATENT_16),
     Case(name="prefill_latent_window", lengths=(90, 14), queries=(60, 14), window=30, sinks=True, **_LATENT),
     Case(name="prefill_latent_int8", lengths=(70, 9), queries=(20, 9), kv_dtype="int8", page_size=32, **_LATENT),
     Case(name="prefill_e5m2", lengths=(33,), queries=(33,), kv_dtype="float8_e5m2", dtype="bfloat16", page_size=32),
@@ -161,7 +166,9 @@ REAL = (
     Case(name="deepseek_v3_decode_32x4k", lengths=(4096,) * 32, **_DEEPSEEK_V3),
     Case(name="deepseek_v3_decode_32x4k_int8", lengths=(4096,) * 32, kv_dtype="int8", **_DEEPSEEK_V3),
     Case(name="deepseek_v3_prefill_512_of_4k", lengths=(4096,), queries=(512,), **_DEEPSEEK_V3),
+    Case(name="deepseek_v3_verify_16x4k", lengths=(4096,) * 16, queries=(5,) * 16, **_DEEPSEEK_V3),
     Case(name="deepseek_v2_lite_decode_32x4k", lengths=(4096,) * 32, **_DEEPSEEK_V2_LITE),
     Case(name="deepseek_v2_lite_prefill_512_of_4k", lengths=(4096,), queries=(512,), **_DEEPSEEK_V2_LITE),
+    Case(name="deepseek_v2_lite_verify_16x4k", lengths=(4096,) * 16, queries=(5,) * 16, **_DEEPSEEK_V2_LITE),
 )  # fmt: skip
 CASES = DECODE + PREFILL

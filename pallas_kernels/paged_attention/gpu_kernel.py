@@ -43,14 +43,15 @@ class Tile:
     """What a kernel is compiled for.
 
     by_keys: consumers share one tile of `q_rows` rows and take alternate key blocks (decode);
-    else each has 64 rows of its own and both see every block (prefill). Latent (decode): the two
+    else each has 64 rows of its own and both see every block (prefill). Latent (both): the two
     share rows and blocks, both compute the scores, and each has half of the value's columns, since
     64 x 512 of float32 are more than a warpgroup's registers; after FlashMLA (github.com/deepseek-ai/FlashMLA).
     """
 
     by_keys: bool
     consumers: int
-    q_rows: int  # rows of a unit's query tile in memory; by_keys: a multiple of 8 up to 64
+    q_rows: int  # rows of a unit's query tile in memory; shares_rows: a multiple of 8 up to 64
+    tokens: int  # of a unit's query tile, neighbours in their row
     group: int  # rows that share a token: query heads of one head group
     block_kv: int
     stages: int
@@ -75,8 +76,8 @@ class Tile:
         return self.value_dim is not None
 
     @property
-    def one_token(self) -> bool:
-        """All rows of a unit are one token's, in a tile that consumers share (decode)."""
+    def shares_rows(self) -> bool:
+        """The consumers see one tile of up to 64 rows."""
         return self.by_keys or self.latent
 
     @property
@@ -113,7 +114,7 @@ class Tile:
     @property
     def takes_turns(self) -> bool:
         """Consumers of prefill alternate; quantized ones already wait for each other."""
-        return not self.one_token and not self.quantized and self.consumers == 2
+        return not self.shares_rows and not self.quantized and self.consumers == 2
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of what a block keeps in shared memory, see `_Refs`."""
@@ -121,7 +122,7 @@ class Tile:
         ring = (self.stages, 2, keys, width) if self.quantized else (self.stages, keys, self.row_width)
         found: dict[str, tuple[tuple[int, ...], str]] = {
             "kv_ring": (ring, self.dtype),
-            "queries": ((1 if self.one_token else self.consumers, WARPGROUP_ROWS, width), "bfloat16"),
+            "queries": ((1 if self.shares_rows else self.consumers, WARPGROUP_ROWS, width), "bfloat16"),
         }
         if self.quantized:
             # Keys, then values in their place; by rows, both at once and for both consumers.
@@ -202,7 +203,7 @@ class _Refs:
     tails: Any  # [stages, block_kv, TAIL]: exponents
     factors: Any  # float32 [consumers, 2, block_kv]: their powers of two
     wide: Any  # [consumers or 1, 1 or 2, block_kv, head_width]: quantized numbers in bfloat16
-    queries: Any  # [q_tiles, 64, head_width]; prefill and latent decode leave their result here
+    queries: Any  # [q_tiles, 64, head_width]; prefill and latents leave their result here
     result: Any  # float32 [64, head_width]
     stats: Any  # float32 [2, 64]: the other consumer's highest score and sum of weights
     vector: Any  # float32 [consumers, 64]: sinks on the way in, lse on the way out
@@ -382,7 +383,7 @@ def _consumer(tile: Tile, refs: _Refs, wg: Array) -> None:
 def _load_queries(tile: Tile, refs: _Refs, unit: _Unit, wg: Array) -> None:
     """A shared tile: one consumer loads for both, once both have left the unit before."""
     base = (unit.query * tile.head_groups + unit.head_group) * tile.q_rows
-    if tile.one_token:
+    if tile.shares_rows:
         if tile.consumers == 2:
             _meet(refs)
 
@@ -420,7 +421,7 @@ def _meet(refs: _Refs) -> None:
 def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, start: Array, state: State) -> State:
     """Fold keys [start, start + block_kv) into the state."""
     acc, top, total = state
-    mine = 0 if tile.one_token else wg
+    mine = 0 if tile.shares_rows else wg
     turns = _Turns(tile, refs, unit, wg, start)
     plgpu.barrier_wait(refs.filled.at[slot])
     keys = _keys(tile, refs, unit, wg, slot, start)
@@ -435,7 +436,7 @@ def _one_block(tile: Tile, refs: _Refs, unit: _Unit, wg: Array, slot: Array, sta
     if tile.quantized:
         scores *= _factors(refs, wg, 0, scores.shape)
     scores, factor = _scaled(tile, scores)
-    scores = _masked(tile, unit.position, mine, start, scores)
+    scores = _masked(tile, unit.position, mine * WARPGROUP_ROWS, start, scores)
     new_top = jnp.maximum(top, scores.max(axis=1) * factor)
     shrink = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, scores.shape, [0]))
@@ -580,11 +581,11 @@ def _scaled(tile: Tile, scores: Array) -> tuple[Array, float]:
     return 1.0 - 2.0 / (1.0 + grown), tile.softcap * LOG2_E
 
 
-def _masked(tile: Tile, position: Array, mine: Array | int, start: Array, scores: Array) -> Array:
+def _masked(tile: Tile, position: Array, first_row: Array | int, start: Array, scores: Array) -> Array:
     """-inf where the row's query does not see the key; nothing to do in the middle of a row."""
-    one_token = tile.one_token
-    lead = position if one_token else position + lax.div(mine * WARPGROUP_ROWS, jnp.int32(tile.group))
-    tail = position if one_token else position + lax.div(mine * WARPGROUP_ROWS + 63, jnp.int32(tile.group))
+    one_token, group = tile.tokens == 1, jnp.int32(tile.group)
+    lead = position if one_token else position + lax.div(jnp.int32(first_row), group)
+    tail = position if one_token else position + lax.div(jnp.int32(first_row + WARPGROUP_ROWS - 1), group)
     all_seen = start + (tile.block_kv - 1) <= lead
     if tile.window is not None:
         all_seen &= start > tail - tile.window
@@ -597,8 +598,8 @@ def _masked(tile: Tile, position: Array, mine: Array | int, start: Array, scores
             if tile.window is not None:
                 seen &= keys > position - tile.window
         else:
-            rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + mine * WARPGROUP_ROWS
-            queries = lax.div(rows, jnp.int32(tile.group)) + position
+            rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + first_row
+            queries = lax.div(rows, group) + position
             seen = keys <= queries
             if tile.window is not None:
                 seen &= keys > queries - tile.window

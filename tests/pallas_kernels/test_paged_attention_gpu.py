@@ -29,15 +29,9 @@ SHORT = {
     "decode_e4m3_window",
     "decode_latent",
     "prefill_all_idle",
+    "prefill_latent_verify",
     "prefill_window",
     "prefill_int8",
-}
-
-
-LATENT_DECLINED = {
-    "deepseek_v3_decode_32x4k_int8",
-    "deepseek_v3_prefill_512_of_4k",
-    "deepseek_v2_lite_prefill_512_of_4k",
 }
 
 
@@ -71,7 +65,13 @@ def test_tokens_of_nobody_come_back_finite(name: str) -> None:
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    "name", ["decode_gqa_3", "decode_latent", pytest.param("prefill_continues", marks=pytest.mark.slow)]
+    "name",
+    [
+        "decode_gqa_3",
+        "decode_latent",
+        "prefill_latent_verify",
+        pytest.param("prefill_continues", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("broken", ["swapped", "shifted"])
 def test_the_check_notices_broken_input(name: str, broken: str) -> None:
@@ -105,25 +105,33 @@ def test_more_heads_a_group_than_a_tile_has_rows() -> None:
 
 @needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("q_heads", [70, 128])
-def test_latents_of_many_heads_and_of_several_splits(q_heads: int) -> None:
-    """Two head groups, of 35 rows or 64, that both consumers share; a long row that is cut; a window, sinks."""
+@pytest.mark.parametrize("queries", [None, (3, 9, 0)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("q_heads", [12, 70, 128])
+def test_latents_of_many_heads_and_of_several_splits(q_heads: int, queries: tuple[int, ...] | None) -> None:
+    """One head group whose five tokens leave 4 rows empty; two, of 35 rows or 64, that both consumers share; a long
+    row that is cut; a window, sinks.
+    """
     latent = Case(name="wide_latent", lengths=(700, 9, 0), q_heads=q_heads, kv_heads=1, head_dim=192, value_dim=128,
-                  dtype="bfloat16", sinks=True)  # fmt: skip
+                  dtype="bfloat16", sinks=True, queries=queries)  # fmt: skip
     assert fill(latent, H100).error() < TOLERANCE["bfloat16"]
     assert fill(replace(latent, name="wide_latent_window", window=90, page_size=64), H100).error() < 8e-3
 
 
 @needs_interpreter
 @pytest.mark.slow
-def test_latents_of_deepseek() -> None:
-    case = Case(name="deepseek", lengths=(70, 130), q_heads=16, kv_heads=1, head_dim=576, value_dim=512,
-                dtype="bfloat16", page_size=32)  # fmt: skip
+@pytest.mark.parametrize(
+    ("lengths", "queries", "q_heads"),
+    [((70, 130), None, 16), ((300, 70, 5, 0), (5, 3, 5, 0), 16), ((200, 3), (2, 3), 128)],
+    ids=["decode", "prefill-16", "prefill-128"],
+)
+def test_latents_of_deepseek(lengths: tuple[int, ...], queries: tuple[int, ...] | None, q_heads: int) -> None:
+    sizes: dict[str, Any] = LATENT | {"q_heads": q_heads}
+    case = Case(name="deepseek", lengths=lengths, queries=queries, dtype="bfloat16", page_size=32, **sizes)
     assert fill(case, H100).error() < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in REAL if case.name not in LATENT_DECLINED], ids=lambda case: case.name
+    "case", [case for case in REAL if not (case.value_dim and case.kv_dtype)], ids=lambda case: case.name
 )
 @pytest.mark.parametrize("chip", ["h100", "h200"])
 def test_real_shapes_are_served_within_shared_memory(case: Case, chip: str) -> None:
@@ -141,12 +149,7 @@ def test_real_shapes_are_served_within_shared_memory(case: Case, chip: str) -> N
         ({"page_size": 1}, Target("gpu", "h100"), "page_size 1 is not"),
         ({"page_size": 48}, Target("gpu", "h100"), "page_size 48 is not"),
         ({"head_dim": 512}, Target("gpu", "h100"), "head_width 512 is not"),
-        (LATENT | {"queries": (9,)}, Target("gpu", "h100"), "latent pages of head_dim 576, bfloat16: only decode"),
-        (
-            LATENT | {"kv_dtype": "int8", "page_size": 32},
-            Target("gpu", "h100"),
-            "head_dim 576, int8: only decode, only",
-        ),
+        (LATENT | {"kv_dtype": "int8", "page_size": 32}, Target("gpu", "h100"), "head_dim 576, int8: only bfloat16"),
         (LATENT | {"value_dim": 64}, Target("gpu", "h100"), "latents of 576 lanes, 64 the value"),
         (LATENT | {"head_dim": 640}, Target("gpu", "h100"), "needs 246784 bytes of shared memory"),
     ],
