@@ -6,7 +6,7 @@ One pure function for every layer; `CacheView` is what the layers share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,7 @@ class PrefillRows:
     position: Array  # int32 [rows], of the first token
     block_tables: Array  # int32 [rows, pages_per_seq]
     states: PrefillStates | None = None  # of a model with recurrent layers
+    each: int = field(default=0, metadata={"static": True})  # no chunk has more tokens; 0: of any length
 
     def positions(self, num_tokens: int) -> tuple[Array, Array]:
         """(row, position) of each flat token; tokens of no row get row -1."""
@@ -152,7 +153,7 @@ class Memory:
         if prefill is not None:
             rows = (prefill.block_tables, prefill.q_start, prefill.q_len, prefill.position)
             queries = brought.part(num_decode, None)
-            if brought.up and part is None and expands(config, layer, queries.q.shape[0]):
+            if brought.up and part is None and expands(config, layer, prefill.each or queries.q.shape[0]):
                 scale = config.attention_scale
                 parts.append(expanded_prefill(queries.q, kv_pages, *rows, *brought.up, scale=scale, **on))
             else:
@@ -176,7 +177,8 @@ class Memory:
 
 
 def expands(config: ModelConfig, layer: LayerSpec, num_queries: int) -> bool:
-    """Whether so many queries over latents take expanded keys and values: where that is less work than absorbing.
+    """Whether so many queries of a row over latents take expanded keys and values: where that is less work than
+    absorbing. Of rows that share a step's tokens as they come, all tokens: one row may have them.
 
     Multiplications a head and key: once kv_rank * (nope + value), then nope + rope + value a query instead of
     row_dim + kv_rank.

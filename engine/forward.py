@@ -94,4 +94,4 @@ def chunk_rows(slots: Slots, slot: Array, active: Array, start: Array, count: in
     """`count` tokens of each row from position `start` on, one row's behind the other's."""
     tables = roomy_tables(slots, slot, active, count)
     firsts = count * jnp.arange(slot.shape[0], dtype=jnp.int32)
-    return PrefillRows(firsts, jnp.full_like(firsts, count), jnp.where(active, start, 0), tables)
+    return PrefillRows(firsts, jnp.full_like(firsts, count), jnp.where(active, start, 0), tables, each=count)

@@ -190,8 +190,8 @@ def _attention_choices(
         decode = AttentionSpec(kind="decode", tokens=turn.decode_rows, rows=turn.decode_rows, **shared, **how)
         yield paged_attention.choice(decode, config.target)
     prefill: dict[str, Any] = {"tokens": turn.chunk_tokens, "rows": turn.chunks}
-    latent = model.latent
-    if turn.chunk_tokens and latent is not None and parts == 1 and expands(model, layer, turn.chunk_tokens):
+    latent, queries = model.latent, turn.room or turn.chunk_tokens
+    if turn.chunk_tokens and latent is not None and parts == 1 and expands(model, layer, queries):
         sizes: dict[str, Any] = {"nope_dim": latent.nope_dim, "value_dim": latent.value_dim}
         yield latent_attention.choice(ExpandedSpec(**prefill, **shared, **sizes), config.target)
     elif turn.chunk_tokens:

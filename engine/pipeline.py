@@ -134,7 +134,7 @@ def split_chunks(micro: Micro, rows: PrefillRows) -> PrefillRows:
     position = rows.position[None] + jnp.maximum(first - rows.q_start[None], 0)
     order = jnp.argsort(start == end, axis=1, stable=True)
     q_start, q_len, position = (jnp.take_along_axis(x, order, axis=1) for x in (start, end - start, position))
-    return PrefillRows(q_start, q_len, position, rows.block_tables[order])
+    return PrefillRows(q_start, q_len, position, rows.block_tables[order], each=rows.each)
 
 
 def one_view(views: CacheView, at: Array, is_mine: Array) -> CacheView:

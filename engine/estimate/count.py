@@ -72,6 +72,7 @@ class Step:
     tokens: int
     drawn: int
     spans: tuple[Span, ...]
+    each: int = 0  # `engine.attend.PrefillRows.each`
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ class _Counter:
             raise ValueError("the config has no latent")
         up = latent.kv_rank * (latent.nope_dim + latent.value_dim)
         is_whole = self.shards.count("sequence") == 1
-        if self.step.spans[0].tokens > 1 and is_whole and expands(self.model, spec, tokens):
+        if self.step.spans[0].tokens > 1 and is_whole and expands(self.model, spec, self.step.each or tokens):
             return 2.0 * (keys * up + pairs * (latent.nope_dim + latent.rope_dim + latent.value_dim))
         return 2.0 * (tokens * up + pairs * (latent.row_dim + latent.kv_rank))
 

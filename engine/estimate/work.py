@@ -49,7 +49,7 @@ class Done:
         if self.decoded:
             spans.append(Span(width, self.keys / self.decoded - 1, self.decoded * of_turn))  # type: ignore[arg-type]
         drawn = key.rows * width + (config.max_prefill_rows if key.tokens else 0)
-        return Step(key.tokens + key.rows * width, drawn, tuple(spans))
+        return Step(key.tokens + key.rows * width, drawn, tuple(spans), each=width if key.drafts else 0)
 
     def drafting(self, config: EngineConfig, key: StepKey) -> Iterator[Step]:
         """What a draft model does beside the mean turn: it reads the chunks, or proposes token by token. That it
@@ -60,7 +60,7 @@ class Done:
         for i in range(key.drafts if self.decoded else 0):
             width = 1 if i else LATEST_TOKENS
             span = replace(spans[0], tokens=width, start=spans[0].start + i - width + 1)
-            yield Step(key.rows * width, key.rows, (span,))
+            yield Step(key.rows * width, key.rows, (span,), each=width)
 
 
 @dataclass(slots=True)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.batch import StepKey
 from engine.config import EngineOptions
 from engine.drafts import LEAST_MATCHED, MOST_MATCHED, propose
 from engine.errors import InvalidParam
+from engine.kernels import kernel_choices
+from engine.programs import step_program
 from engine.resolve import DeviceFacts, resolve
 from engine.speculation import PROBE_EVERY, TRIALS, Speculation
-from tests.engine.world import MODEL
+from tests.engine.world import CONFIG, LATENT, MODEL
 
 
 def by_hand(tokens: list[int], count: int) -> list[int]:
@@ -84,3 +88,15 @@ def test_without_draft_tokens_nothing_is_proposed() -> None:
 def test_what_is_refused(options: dict, model: object, message: str) -> None:
     with pytest.raises(InvalidParam, match=message):
         resolve(EngineOptions(**options), model, "float32", DeviceFacts("cpu", 1 << 34, False))  # type: ignore[arg-type]
+
+
+def test_verifying_over_latents_absorbs_however_many_rows() -> None:
+    """All rows together have tokens enough to expand, but each would expand a context of its own for a few of them."""
+    config = replace(CONFIG, draft_tokens=3, token_buckets=(16,), decode_buckets=(8,), prefill_decode_buckets=(0,))
+
+    def expands(key: StepKey) -> bool:
+        return "latent_attention/reference" in step_program(LATENT, config, key).lower().as_text(debug_info=True)
+
+    assert expands(StepKey(32, 0)) and not expands(StepKey(0, 8, 3))
+    said = {line.split(":")[0] for line in kernel_choices(LATENT, config)}
+    assert "prefill_attention" in said and "expanded_prefill" not in said

@@ -13,6 +13,7 @@ from engine.config import Draft
 from engine.estimate.count import Count, Span, Step, count_step
 from engine.estimate.work import Work
 from engine.loop import Engine
+from engine.model.known import known_config
 from engine.plan import DecodeRow, DecodeRows, PrefillRow, StepPlan
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
@@ -95,3 +96,19 @@ def test_a_draft_model_counts_too() -> None:
     ]
     expected = sum((count_step(MODEL, plain, step) for step in steps), Count())
     assert work.totals() == pytest.approx((expected.all_flops, expected.memory_bytes))
+
+
+def test_queries_that_verify_over_latents_are_counted_as_absorbed() -> None:
+    """64 rows take 64 times the products of one: none expands its context, though there are 320 tokens."""
+    model = known_config("deepseek-v2-lite")
+    model = replace(model, layers=model.layers[:2])
+    config = replace(fake_engine(FakeDevice(), max_num_seqs=64, max_model_len=512).config, draft_tokens=4)
+    request = Request(request_id="some", prompt_token_ids=(1,) * 100, params=SamplingParams())
+
+    def flops(rows: int) -> float:
+        work, seqs = Work(model, config), [Sequence(request, 0, i, 0, 200, None) for i in range(rows)]
+        decode = DecodeRows.of(DecodeRow(seq, 99, 5, 0, ()) for seq in seqs)
+        work.add(StepKey(0, rows, 4), StepPlan((), decode, (), 4))
+        return work.totals()[0]
+
+    assert flops(64) == pytest.approx(64 * flops(1))
