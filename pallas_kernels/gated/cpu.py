@@ -8,16 +8,15 @@ from jax import Array
 
 from pallas_kernels.gated.spec import GatedSpec
 from pallas_kernels.native.build import LANES
-from pallas_kernels.native.library import GATE
+from pallas_kernels.native.library import GATE, not_native
 from pallas_kernels.target import Target
 
 
 def declines(spec: GatedSpec, target: Target) -> str | None:
     """Why not: no library, another activation than SiLU, blocks that are no whole vectors."""
-    if target.platform != "cpu":
-        return "for cpu"
-    if not target.native:
-        return "the native library is not there"
+    why = not_native(target)
+    if why is not None:
+        return why
     if spec.clamped or spec.activation != "silu":
         return "clamped" if spec.clamped else spec.activation
     if spec.dtype not in ("float32", "bfloat16"):

@@ -7,19 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.greedy.spec import GreedySpec
-from pallas_kernels.native.library import GREEDY
+from pallas_kernels.native.library import GREEDY, not_native
 from pallas_kernels.target import Target
 
 
 def declines(spec: GreedySpec, target: Target) -> str | None:
     """Why not: no library, several devices."""
-    if target.platform != "cpu":
-        return "for cpu"
-    if not target.native:
-        return "the native library is not there"
-    if spec.num_devices > 1:  # on a CPU they stand for those of other platforms, and run what these would
-        return f"for one device, not {spec.num_devices}"
-    return None
+    return not_native(target, spec.num_devices)
 
 
 def run(logits: Array, target: Target) -> tuple[Array, Array]:

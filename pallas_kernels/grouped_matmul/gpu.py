@@ -21,10 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import gpu_packed
-from pallas_kernels.grouped_matmul.gpu_walk import CONSUMERS, HALF, Blocks, Exit, Unit, load, walk
+from pallas_kernels.grouped_matmul.gpu_walk import CONSUMERS, HALF, Blocks, Exit, Unit, launched, load, walk
 from pallas_kernels.grouped_matmul.scales import declines_scales
 from pallas_kernels.grouped_matmul.visits import visits
 from pallas_kernels.hopper import not_on_hopper
+from pallas_kernels.packed_gpu import tiled
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.target import Target
 from pallas_kernels.tuning import lookup
@@ -75,29 +76,12 @@ def _call(
 ) -> Array:
     """x [rows, K] by w [experts, K, N] -> `out`; table and count are `visits`'."""
     _, k, n = w.shape
-    tiling: Any = plgpu.TilingTransform
-    swizzle: Any = plgpu.SwizzleTransform
-    wide = (tiling((8, HALF)), swizzle(128))
-    how: Any = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
-    share = (CONSUMERS, *_share(b))
-    kernel = plgpu.kernel(
-        functools.partial(_kernel, b=b, steps=k // b.bk, columns=n // b.bn, blocks=cores),
-        out_type=out,
-        grid=(cores,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        scratch_types={
-            "x_ring": plgpu.SMEM((b.stages, b.bm, b.bk), x.dtype, transforms=wide),
-            "w_ring": plgpu.SMEM((b.stages, b.bk, b.bn), x.dtype, transforms=wide),
-            "whole": plgpu.SMEM(share, x.dtype, transforms=wide),
-            "ragged": plgpu.SMEM(share, x.dtype),
-            "filled": plgpu.Barrier(num_arrivals=2, num_barriers=b.stages),
-            "freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=b.stages),
-        },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **how,
-    )
+    scratch = {
+        "x_ring": plgpu.SMEM((b.stages, b.bm, b.bk), x.dtype, transforms=tiled(HALF, 16)),
+        "w_ring": plgpu.SMEM((b.stages, b.bk, b.bn), x.dtype, transforms=tiled(HALF, 16)),
+    }
+    body = functools.partial(_kernel, b=b, steps=k // b.bk, columns=n // b.bn, blocks=cores)
+    kernel = launched(body, out, scratch, b=b, share=_share(b), copies=2, cores=cores, interpret=interpret)
     return kernel(table, count, x, w)
 
 

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.gpu_walk import CONSUMERS, HALF, Blocks, Exit, Unit, load, walk
+from pallas_kernels.grouped_matmul.gpu_walk import CONSUMERS, HALF, Blocks, Exit, Unit, launched, load, walk
 from pallas_kernels.packed_gpu import (
     SINGLE,
     Left,
@@ -70,33 +70,20 @@ def call(
     """x [rows, K] and row_scales [rows] by w -> `out`; table and count are `visits`' as `gpu.run` lays them out."""
     form, values, (_, k, n) = packed(w), stored(w), w.shape
     parts = len(_parts(form, b))
-    how: Any = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
-    share = (CONSUMERS, min(HALF, b.bm), b.bn // CONSUMERS)
     scales = plgpu.SMEM((b.stages, max(1, b.bk // form.group), b.bn), w.scales.dtype)
     by_weight = {"scales_ring": scales} if form.groups > 1 or form.offsets else {}
     by_weight |= {"offsets_ring": scales} if form.offsets else {}
-    kernel = plgpu.kernel(
-        functools.partial(
-            _kernel, w=form, b=b, steps=k // b.bk, columns=n // b.bn, blocks=cores,
-            dynamic=row_scales is not None, interpret=interpret,
-        ),
-        out_type=out,
-        grid=(cores,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        scratch_types={
-            "x_ring": plgpu.SMEM((b.stages, parts, b.bm, b.bk // parts), x.dtype, transforms=tiled(form.depth, 16)),
-            "values_ring": plgpu.SMEM((b.stages, b.bk // form.packing, b.bn), values.dtype, transforms=tiled(HALF, 8)),
-            "whole": plgpu.SMEM(share, out.dtype, transforms=tiled(HALF, 16)),
-            "ragged": plgpu.SMEM(share, out.dtype),
-            "filled": plgpu.Barrier(num_arrivals=1 + parts + len(by_weight), num_barriers=b.stages),
-            "freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=b.stages),
-            **by_weight,
-        },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **how,
+    x_ring = (b.stages, parts, b.bm, b.bk // parts)
+    scratch = by_weight | {
+        "x_ring": plgpu.SMEM(x_ring, x.dtype, transforms=tiled(form.depth, 16)),
+        "values_ring": plgpu.SMEM((b.stages, b.bk // form.packing, b.bn), values.dtype, transforms=tiled(HALF, 8)),
+    }
+    body = functools.partial(
+        _kernel, w=form, b=b, steps=k // b.bk, columns=n // b.bn, blocks=cores,
+        dynamic=row_scales is not None, interpret=interpret,
     )  # fmt: skip
+    share, copies = (min(HALF, b.bm), b.bn // CONSUMERS), 1 + parts + len(by_weight)
+    kernel = launched(body, out, scratch, b=b, share=share, copies=copies, cores=cores, interpret=interpret)
     extra = [leaf for leaf in (w.offsets, row_scales) if leaf is not None]
     return kernel(table, count, x, values, w.scales, *extra)
 

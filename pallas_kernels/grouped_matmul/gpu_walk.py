@@ -1,18 +1,22 @@
-"""What the Hopper kernels of grouped_matmul share: a block's walk over its units, the loader, and how results leave.
+"""What the Hopper kernels of grouped_matmul share: how they are launched, a block's walk over its units, the
+loader, and how results leave.
 
 A unit is a visit and a block of columns. Knows nothing about products and formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.packed_gpu import tiled
 
 HALF = 64  # rows of a wgmma, columns of a swizzled row
 CONSUMERS = 2
@@ -26,6 +30,34 @@ class Blocks:
     bn: int
     bk: int
     stages: int
+
+
+def launched(
+    body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Mapping[str, Any],
+    *, b: Blocks, share: tuple[int, int], copies: int, cores: int, interpret: bool,
+) -> Callable[..., Array]:  # fmt: skip
+    """`body` on `cores` blocks of a loader and two consumers, with what every kernel has of shared memory: room for
+    each consumer's `share` of a result, and barriers of stages that `copies` copies fill. scratch: what it has besides.
+    """
+    how: Any = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
+    result = (CONSUMERS, *share)
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(cores,),
+        grid_names=("block",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        scratch_types={
+            "whole": plgpu.SMEM(result, out.dtype, transforms=tiled(HALF, 16)),
+            "ragged": plgpu.SMEM(result, out.dtype),
+            "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=b.stages),
+            "freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=b.stages),
+            **scratch,
+        },
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **how,
+    )
 
 
 @dataclass(frozen=True)

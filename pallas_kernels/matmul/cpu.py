@@ -15,7 +15,7 @@ from jax import Array
 
 from pallas_kernels.matmul.spec import MatmulSpec
 from pallas_kernels.native.build import LANES
-from pallas_kernels.native.library import MATMUL
+from pallas_kernels.native.library import MATMUL, not_native
 from pallas_kernels.panels import Panels, as_stored
 from pallas_kernels.target import Target
 
@@ -28,10 +28,9 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 
 def declines(spec: MatmulSpec, target: Target) -> str | None:
     """Why not: no library, a type that it does not read, sizes that are no whole vectors."""
-    if target.platform != "cpu":
-        return "for cpu"
-    if not target.native:
-        return "the native library is not there"
+    why = not_native(target)
+    if why is not None:
+        return why
     if spec.dtype not in ("float32", "bfloat16") or spec.weight_dtype not in WEIGHTS:
         return f"{spec.dtype} times {spec.weight_dtype}"
     if spec.dtype == "bfloat16" and spec.weight_dtype == "float32":

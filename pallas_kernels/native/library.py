@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.target import Target
+
 LIBRARY = Path(__file__).parent / "libnative.so"
 MATMUL = "octavo_matmul"
 PACKED_MATMUL = "octavo_packed_matmul"
@@ -50,3 +52,17 @@ def library(path: Path = LIBRARY) -> Library:
     except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         return Library("", f"{path.name} cannot be used: {' '.join(str(error).split())}")
     return Library(isa)
+
+
+def not_native(target: Target, num_devices: int = 1) -> str | None:
+    """The first question of every compiled CPU kernel: why none can run; None: they can.
+
+    num_devices: that share the model, of ops that run on one alone.
+    """
+    if target.platform != "cpu":
+        return "for cpu"
+    if not target.native:
+        return "the native library is not there"
+    if num_devices > 1:  # on a CPU they stand for those of other platforms, and run what these would
+        return f"for one device, not {num_devices}"
+    return None

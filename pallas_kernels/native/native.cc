@@ -98,6 +98,13 @@ static void run_all(ffi::ThreadPool& pool, int64_t num_tasks, std::function<void
   work->wait();
 }
 
+// task(begin, end) of all of `count` rows of `size` numbers: as many rows at once as have `worth` numbers, or one.
+template <typename Task>
+static void run_rows(ffi::ThreadPool& pool, int64_t count, int64_t size, int64_t worth, Task task) {
+  const int64_t each = std::max<int64_t>(1, worth / size);
+  run_all(pool, (count + each - 1) / each, [&](int64_t i) { task(i * each, std::min((i + 1) * each, count)); });
+}
+
 static Type type_of(const ffi::AnyBuffer& buffer) {
   if (buffer.element_type() == ffi::DataType::F32) return Type::kFloat32;
   return buffer.element_type() == ffi::DataType::BF16 ? Type::kBFloat16 : Type::kInt8;
@@ -133,8 +140,6 @@ struct Copies {
   std::unique_ptr<int32_t[]> totals;
 };
 
-static int64_t rows_of_a_task(int64_t k) { return std::max<int64_t>(1, kCopied / k); }
-
 // Rounds x, with a scale for every `group` numbers of a row.
 static void round(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::AnyBuffer& from, int64_t group, Matmul& m,
                   Copies& copies) {
@@ -143,10 +148,7 @@ static void round(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::AnyB
   copies.totals.reset(new int32_t[m.tokens * (m.k / kRoundedRows)]);
   m.rounded = {from.untyped_data(), from.element_type() == ffi::DataType::BF16, m.k, group,
                copies.numbers.get(), copies.scales.get(), copies.totals.get()};
-  const int64_t rows = rows_of_a_task(m.k);
-  run_all(pool, (m.tokens + rows - 1) / rows, [&](int64_t task) {
-    kernels.round(m.rounded, task * rows, std::min(m.tokens, (task + 1) * rows));
-  });
+  run_rows(pool, m.tokens, m.k, kCopied, [&](int64_t begin, int64_t end) { kernels.round(m.rounded, begin, end); });
 }
 
 // Sets x: as it is where it can be; else copied, rows by threads, in float32 or, for products by pairs, in bfloat16 with
@@ -184,9 +186,8 @@ static void prepare(ffi::ThreadPool& pool, const Kernels& kernels, const ffi::An
     for (int64_t i = g * m.group; i < (g + 1) * m.group; ++i) total += widened(halves[t * m.k + i]);
     copies.sums[t * groups + g] = total;
   };
-  const int64_t rows = rows_of_a_task(m.k);
-  run_all(pool, (m.tokens + rows - 1) / rows, [&](int64_t task) {
-    for (int64_t t = task * rows; t < std::min(m.tokens, (task + 1) * rows); ++t) {
+  run_rows(pool, m.tokens, m.k, kCopied, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
       if (copied) copy(t);
       for (int64_t g = 0; summed && g < groups; ++g) sum(t, g);
     }
@@ -284,10 +285,8 @@ static ffi::Error gate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   if (block % (kernels->lanes / 2)) return ffi::Error::InvalidArgument("blocks must be whole vectors");
   const Gate g{x.untyped_data(), out->untyped_data(), x.element_type() == ffi::DataType::BF16, block};
-  const int64_t blocks = static_cast<int64_t>(x.element_count()) / (2 * block), each = std::max<int64_t>(1, kCopied / block);
-  run_all(pool, (blocks + each - 1) / each, [&](int64_t i) {
-    kernels->gate(g, i * each, std::min((i + 1) * each, blocks));
-  });
+  const int64_t blocks = static_cast<int64_t>(x.element_count()) / (2 * block);
+  run_rows(pool, blocks, block, kCopied, [&](int64_t begin, int64_t end) { kernels->gate(g, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -304,8 +303,8 @@ static ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y,
   const bool is_bfloat16 = x.element_type() == ffi::DataType::BF16;
   const Norm n{x.untyped_data(), added, weight.typed_data(), sum->untyped_data(), out->untyped_data(), is_bfloat16,
                size, turns, eps};
-  const int64_t rows = static_cast<int64_t>(x.element_count()) / size, each = std::max<int64_t>(1, kNormed / size);
-  run_all(pool, (rows + each - 1) / each, [&](int64_t i) { kernels->norm(n, i * each, std::min((i + 1) * each, rows)); });
+  const int64_t rows = static_cast<int64_t>(x.element_count()) / size;
+  run_rows(pool, rows, size, kNormed, [&](int64_t begin, int64_t end) { kernels->norm(n, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -318,8 +317,8 @@ static ffi::Error rope(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi
                x.element_type() == ffi::DataType::BF16, sizes[1], sizes[2], sizes[3], cos.dimensions()[1]};
   if (r.rotated % kernels->lanes || r.head_dim % (kernels->lanes / 2))
     return ffi::Error::InvalidArgument("halves of what turns, and heads, must be whole vectors");
-  const int64_t tokens = sizes[0], each = std::max<int64_t>(1, kNormed / (r.heads * r.turns * r.head_dim));
-  run_all(pool, (tokens + each - 1) / each, [&](int64_t i) { kernels->rope(r, i * each, std::min((i + 1) * each, tokens)); });
+  const int64_t size = r.heads * r.turns * r.head_dim;
+  run_rows(pool, sizes[0], size, kNormed, [&](int64_t begin, int64_t end) { kernels->rope(r, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -329,8 +328,7 @@ static ffi::Error greedy(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, f
   if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   const int64_t rows = logits.dimensions()[0], vocab = logits.dimensions()[1];
   const Greedy g{logits.typed_data(), token->typed_data(), faulty->typed_data(), vocab};
-  const int64_t each = std::max<int64_t>(1, kNormed / vocab);
-  run_all(pool, (rows + each - 1) / each, [&](int64_t i) { kernels->greedy(g, i * each, std::min((i + 1) * each, rows)); });
+  run_rows(pool, rows, vocab, kNormed, [&](int64_t begin, int64_t end) { kernels->greedy(g, begin, end); });
   return ffi::Error::Success();
 }
 

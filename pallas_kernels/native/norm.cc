@@ -5,9 +5,6 @@
 namespace octavo::ISA {
 namespace {
 
-inline void put(float* to, Vec value) { write(to, value); }
-inline void put(uint16_t* to, Vec value) { narrow(to, value); }
-
 // Four sums at once hide a product's latency.
 template <typename T>
 inline float sum_of_squares(const T* x, int64_t size) {

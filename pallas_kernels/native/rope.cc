@@ -5,9 +5,6 @@
 namespace octavo::ISA {
 namespace {
 
-inline void put(float* to, Vec value) { write(to, value); }
-inline void put(uint16_t* to, Vec value) { narrow(to, value); }
-
 template <typename T>
 inline void rotate(const Rope& r, const T* x, const float* cos, const float* sin, T* out) {
   const int64_t half = r.rotated / 2;

@@ -77,6 +77,10 @@ inline void narrow(uint16_t* to, Vec value) {
 #endif
 }
 
+// In the type that is there.
+inline void put(float* to, Vec value) { write(to, value); }
+inline void put(uint16_t* to, Vec value) { narrow(to, value); }
+
 inline Vec splat(float value) { return value - Vec{}; }
 
 inline float total(Vec v) {

@@ -15,7 +15,7 @@ from jax import Array
 
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.native.build import LANES
-from pallas_kernels.native.library import DECODE_ATTENTION, PREFILL_ATTENTION
+from pallas_kernels.native.library import DECODE_ATTENTION, PREFILL_ATTENTION, not_native
 from pallas_kernels.target import Target
 
 if TYPE_CHECKING:
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 def declines(spec: AttentionSpec, target: Target) -> str | None:
     """Why not: no library, a type that it does not read, sizes that are no whole vectors."""
-    if target.platform != "cpu":
-        return "for cpu"
-    if not target.native:
-        return "the native library is not there"
+    why = not_native(target)
+    if why is not None:
+        return why
     layout, lanes = spec.layout, LANES[target.native]
     if spec.dtype not in ("float32", "bfloat16"):
         return f"queries in {spec.dtype}"

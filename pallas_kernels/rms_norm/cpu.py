@@ -11,19 +11,16 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels.native.build import LANES
-from pallas_kernels.native.library import NORM
+from pallas_kernels.native.library import NORM, not_native
 from pallas_kernels.rms_norm.spec import NormSpec
 from pallas_kernels.target import Target
 
 
 def declines(spec: NormSpec, target: Target) -> str | None:
     """Why not: no library, a type that it does not read, rows that are no whole vectors, several devices."""
-    if target.platform != "cpu":
-        return "for cpu"
-    if not target.native:
-        return "the native library is not there"
-    if spec.num_devices > 1:  # on a CPU they stand for those of other platforms, and run what these would
-        return f"for one device, not {spec.num_devices}"
+    why = not_native(target, spec.num_devices)
+    if why is not None:
+        return why
     if spec.dtype not in ("float32", "bfloat16"):
         return spec.dtype
     lanes = LANES[target.native]
