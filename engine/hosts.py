@@ -42,6 +42,10 @@ class Hosts:
     index: int  # of this process; 0 leads
 
     @property
+    def jax_port(self) -> int:
+        return self.port + 1
+
+    @property
     def names(self) -> str:
         return f"{self.leader}:{self.port}"
 
@@ -184,6 +188,17 @@ def gather(hosts: Hosts, timeout_s: float, lost: Lost) -> list[Peer]:
         opened.pop_all()
     server.close()
     return [Peer(found[index], f"process {index}", lost) for index in sorted(found)]
+
+
+def check_free(port: int, what: str) -> None:
+    """Raises OctavoError where nobody can listen on all interfaces at `port`, for `what`."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        raise OctavoError(f"cannot listen on port {port} for {what}: {error.strerror or error}") from None
 
 
 def _absent(hosts: Hosts, found: Mapping[int, Any], timeout_s: float) -> str:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from engine.config import EngineConfig
 from engine.errors import InvalidParam, OctavoError
 from engine.executables import Executable
-from engine.hosts import LEADER_WORKER_SET, PORT, Hosts, Lost, Peer, checked, gather, join, send_all
+from engine.hosts import LEADER_WORKER_SET, PORT, Hosts, Lost, Peer, check_free, checked, gather, join, send_all
 from engine.runner import Runner
 
 MAX_HOST_NAME = 256  # bytes, as POSIX has it
@@ -55,7 +55,9 @@ class Replica:
         self.hosts = hosts
         self.peers = [join(hosts, timeout_s, lost)] if hosts.index else gather(hosts, timeout_s, lost)
         if not jax.distributed.is_initialized():  # where JAX detected the cluster itself it is
-            _initialize(timeout_s, f"{hosts.leader}:{hosts.port + 1}", hosts.count, hosts.index)
+            if self.leads:
+                check_free(hosts.jax_port, "JAX's coordinator")  # jaxlib 0.12 may die of a port that is taken
+            _initialize(timeout_s, f"{hosts.leader}:{hosts.jax_port}", hosts.count, hosts.index)
 
     @property
     def leads(self) -> bool:

@@ -22,6 +22,7 @@ from server.config import ServerOptions
 from server.run import serve
 from tests.e2e.serving import COMMAND, ROOT, START_S, flags
 from tests.model.models import expected
+from tests.ports import free_ports
 
 TINY = ROOT / "tests" / "fixtures" / "models" / "llama"  # two KV heads: each on two of the four devices
 SHARDING = "mesh: {tensor: fill}\nrules:\n- kv_heads: {axes: tensor, replicate: true}\n- vocab: tensor\n"
@@ -46,12 +47,13 @@ class Pair:
 
 
 @contextmanager
-def started(folder: Path, wait: bool = True, slurm: bool = False, **changes: object) -> Iterator[Pair]:
+def started(
+    folder: Path, wait: bool = True, slurm: bool = False, port: int | None = None, **changes: object
+) -> Iterator[Pair]:
     """Both processes, ready to serve. slurm: they are told nothing but SLURM's variables. changes: of the follower's
     options."""
     (folder / "four.yaml").write_text(SHARDING)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_ports(2) if port is None else port
     shared = {"sharding": folder / "four.yaml", "coordinator": f"127.0.0.1:{port}", "num_processes": 2} | OPTIONS
     command = [*COMMAND, "serve", str(TINY), "--skip-tokenizer-init", "--multihost", "--port", "0"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
@@ -117,8 +119,15 @@ def test_who_is_left_alone_ends_in_seconds(victim: str, tmp_path: Path) -> None:
 
 def test_processes_that_differ_are_told_apart(tmp_path: Path) -> None:
     with started(tmp_path, wait=False, max_num_seqs=3) as pair:
-        assert pair.leader.wait(START_S) == 1 and pair.follower.wait(ENDS_S) == 1
+        assert (pair.leader.wait(START_S), pair.follower.wait(ENDS_S)) == (1, 1), pair.said()
         assert "process 1 is configured otherwise: max_num_seqs is 2 here and 3 there" in pair.said()
+
+
+def test_a_port_that_jax_cannot_have_is_named(tmp_path: Path) -> None:
+    port = free_ports(2)
+    with socket.create_server(("127.0.0.1", port + 1)), started(tmp_path, wait=False, port=port) as pair:
+        assert (pair.leader.wait(START_S), pair.follower.wait(ENDS_S)) == (1, 1), pair.said()
+        assert f"error: cannot listen on port {port + 1} for JAX's coordinator" in pair.said()
 
 
 def test_flags_of_several_processes_need_multihost() -> None:

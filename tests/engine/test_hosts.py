@@ -12,12 +12,8 @@ import pytest
 
 from engine import hosts as module
 from engine.errors import InvalidParam, OctavoError
-from engine.hosts import Hosts, Peer, gather, hosts_of, join, send_frame
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+from engine.hosts import Hosts, Peer, check_free, gather, hosts_of, join, send_frame
+from tests.ports import free_ports
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
@@ -45,7 +41,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.lost: dict[str, list[str]] = {"leader": [], "follower": []}
-        port, joined = free_port(), []
+        port, joined = free_ports(), []
         wait = later(lambda: joined.append(join(Hosts("127.0.0.1", port, 2, 1), 5, self.lost["follower"].append)))
         (self.follower,) = gather(Hosts("127.0.0.1", port, 2, 0), 5, self.lost["leader"].append)
         until(lambda: joined, wait)
@@ -117,7 +113,7 @@ def test_signs_of_life_keep_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_process_is_named() -> None:
-    port = free_port()
+    port = free_ports()
     waiting = later(lambda: join(Hosts("127.0.0.1", port, 3, 2), 5, print))
     with pytest.raises(OctavoError, match=rf"process 1 of 3 did not come to 127.0.0.1:{port} within 0.5 s"):
         gather(Hosts("127.0.0.1", port, 3, 0), 0.5, print)
@@ -127,8 +123,18 @@ def test_a_missing_process_is_named() -> None:
         join(Hosts("127.0.0.1", port, 3, 2), 0.3, print)
 
 
+def test_a_port_that_a_server_or_a_client_has_is_not_free() -> None:
+    ours, theirs = connected()
+    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as server:
+        for taken in (server, ours):
+            port = taken.getsockname()[1]
+            with pytest.raises(OctavoError, match=rf"cannot listen on port {port} for a test: .*in use"):
+                check_free(port, "a test")
+    check_free(free_ports(), "a test")
+
+
 def test_strangers_are_ignored_and_wrong_numbers_refused() -> None:
-    port, joined = free_port(), []
+    port, joined = free_ports(), []
     raised = later(lambda: joined.append(gather(Hosts("127.0.0.1", port, 2, 0), 5, print)))
     for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 8, b""):
         until(lambda junk=junk: _sent(port, junk))
@@ -137,7 +143,7 @@ def test_strangers_are_ignored_and_wrong_numbers_refused() -> None:
     for peer in (ours, *joined[0]):
         peer.leave()
         peer._sock.close()
-    port = free_port()
+    port = free_ports()
     later(lambda: join(Hosts("127.0.0.1", port, 4, 1), 2, print))
     with pytest.raises(OctavoError, match="process 1 was started as one of 4, this one as the first of 2"):
         gather(Hosts("127.0.0.1", port, 2, 0), 5, print)
@@ -153,7 +159,7 @@ def _sent(port: int, junk: bytes) -> bool:
 
 
 def test_two_that_say_they_are_the_same() -> None:
-    port = free_port()
+    port = free_ports()
     for _ in range(2):
         later(lambda: join(Hosts("127.0.0.1", port, 3, 1), 3, print))
     with pytest.raises(OctavoError, match="two processes say that they are process 1 of 3"):

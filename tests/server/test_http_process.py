@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,14 +42,9 @@ class Server:
         return self.process.returncode, words
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
 @contextlib.contextmanager
 def server(mode: str, timeout_s: float = 10, port: int | None = None) -> Iterator[Server]:
-    found = Server(mode, free_port() if port is None else port, timeout_s)
+    found = Server(mode, free_ports() if port is None else port, timeout_s)
     try:
         yield found
     finally:
