@@ -205,8 +205,9 @@ def _own_page_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Bytes of all recurrent states in all layers."""
-    return config.num_states * model.state_bytes(jnp.dtype(config.dtype).itemsize)
+    """Bytes of all recurrent states in all layers, a draft model's too."""
+    each = (one.state_bytes(jnp.dtype(own.dtype).itemsize) for _, one, own in served_models(model, config))
+    return config.num_states * sum(each)
 
 
 def serving_programs(model: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> list[Program]:

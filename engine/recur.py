@@ -6,7 +6,7 @@ checkpoints that prefix reuse starts from (`engine.checkpoints`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.short_conv import short_conv
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.api import SSDInput
-from pallas_kernels.states import DecodeStates, PrefillStates
+from pallas_kernels.states import DecodeStates, PrefillStates, rows_of_their_own
 from pallas_kernels.target import Target
 
 
@@ -80,7 +80,7 @@ def recur(
 
 def tried_rows(q_start: Array, q_len: Array, slot: Array, count: int) -> PrefillStates:
     """Chunks of `count` tokens behind each slot's state, which stays as it is. See `take`."""
-    return PrefillStates(q_start, q_len, slot, None, jnp.full_like(slot, -1), jnp.zeros_like(slot), each=count)
+    return replace(rows_of_their_own(q_start, q_len, slot, count), target=None)
 
 
 def take(config: ModelConfig, layer: LayerSpec, tried: Tried, rows: PrefillStates, target: Target) -> LayerStates:

@@ -118,7 +118,7 @@ def resolve(
         raise InvalidParam("max_model_len", f"{max_model_len} is more than the model's {model.max_position} positions")
     dtype = dtype_of(options.dtype, native_dtype, device)
     shards = shards_of(options.sharding, model, device.count)
-    seqs, checkpoints = _states(options, model, dtype, device)
+    seqs, checkpoints = _states(options, model, _state_bytes(options, model, dtype, draft, device), device)
     seqs = -(-seqs // shards.num_groups)
     tokens = -(-(options.max_num_batched_tokens or defaults.max_num_batched_tokens) // shards.num_groups)
     asked = options.quantization
@@ -216,8 +216,8 @@ def _draft(
         raise InvalidParam(
             "draft_model", f"has a vocabulary of {drafting.vocab_size} tokens, the model one of {model.vocab_size}"
         )
-    if drafting.recurrence is not None:
-        raise InvalidParam("draft_model", "has recurrent layers, whose states cannot forget refused tokens")
+    if drafting.recurrence is not None and model.recurrence is None:
+        raise InvalidParam("draft_model", "has recurrent layers and the model none: prefixes are kept without states")
     if drafting.max_position < config.max_model_len:
         raise InvalidParam(
             "draft_model", f"has {drafting.max_position} positions; max_model_len {config.max_model_len} exceeds them"
@@ -274,14 +274,26 @@ def _check_stages(model: ModelConfig, shards: Shards) -> None:
             raise InvalidParam("sharding", f"cuts layers into stages, which is not there with {what}")
 
 
-def _states(options: EngineOptions, model: ModelConfig, dtype: str, device: DeviceFacts) -> tuple[int, int | None]:
+def _state_bytes(
+    options: EngineOptions, model: ModelConfig, dtype: str, draft: ModelFiles | None, device: DeviceFacts
+) -> int:
+    """Of one sequence, those of a draft model too."""
+    each = [(model, dtype)]
+    if draft is not None:
+        each.append((draft.model, dtype_of(options.dtype, draft.native_dtype, device)))
+    return sum(one.state_bytes(4 if dtype == "float32" else 2) for one, dtype in each)
+
+
+def _states(
+    options: EngineOptions, model: ModelConfig, state_bytes: int, device: DeviceFacts
+) -> tuple[int, int | None]:
     """Sequences at once, and the states kept beside theirs for prefix reuse (None: the model has no states)."""
     seqs = options.max_num_seqs or DEFAULTS[device.platform].max_num_seqs
     if model.recurrence is None:
         if options.state_checkpoints is not None:
             raise InvalidParam("state_checkpoints", "the model has no recurrent layers")
         return seqs, None
-    fit = int(usable_bytes(device) * STATES_FRACTION) // model.state_bytes(4 if dtype == "float32" else 2)
+    fit = int(usable_bytes(device) * STATES_FRACTION) // state_bytes
     if options.max_num_seqs is None:
         seqs = max(1, min(seqs, fit // 2))
     if not options.enable_prefix_caching:

@@ -80,8 +80,8 @@ def decode_step(
 
     state = (jnp.int32(0), kv, slots, out)
     # One step needs no loop: see Chip.loops_copy.
-    _, kv, slots, out = turn(state) if max_steps == 1 else jax.lax.while_loop(more, turn, state)
-    return kv, slots, out
+    _, kv, after, out = turn(state) if max_steps == 1 else jax.lax.while_loop(more, turn, state)
+    return copy_draft_states(compute, kv, batch, slots, after), after, out
 
 
 def verify_step(
@@ -106,7 +106,9 @@ def verify_step(
     tokens = jnp.concatenate([slots.last_token[slot][:, None], jnp.maximum(proposed, 0)], axis=1)
     chunks = chunk_rows(slots, slot, active, position, max_steps)
     if compute.model.recurrence is not None:
-        chunks = replace(chunks, states=tried_rows(chunks.q_start, chunks.q_len, slot, max_steps))
+        # Behind what may be drawn keys come from the trash page, and a block of a recurrence would mix them in.
+        mine = jnp.where(active, jnp.minimum(batch["decode_count"], max_steps), 0)
+        chunks = replace(chunks, states=tried_rows(chunks.q_start, mine, slot, max_steps))
     kv, hidden, load = forward(compute, params, kv, tokens.reshape(-1), nobody(slots), chunks)
     # One position's rows beside each other: an axis of few positions would be padded to a tile, of every row's logits.
     hidden = jnp.swapaxes(hidden.reshape(rows, max_steps, -1), 0, 1).reshape(hidden.shape)
@@ -132,10 +134,10 @@ def verify_step(
 
     _, _, after, out = jax.lax.while_loop(more, turn, (jnp.int32(0), active, slots, out))
     if compute.draft is not None:
-        after = draft_model.keep_count(slots, after, slot, active, max_steps - 1)
+        after = draft_model.keep_count(compute, slots, after, slot, active, max_steps - 1)
     if chunks.states is not None:
         kv = take_drawn(compute, kv, verified_rows(batch, chunks.states, position, out.num_drawn))
-    return kv, after, out
+    return copy_draft_states(compute, kv, batch, slots, after), after, out
 
 
 def prefill_step(
@@ -171,7 +173,8 @@ def prefill_step(
             lambda: sampler.no_logprobs(batch["tokens"].shape[0]),
         ),
     )
-    return kv, advance(slots, slot, drawn, sampling, length, drawing), out
+    after = advance(slots, slot, drawn, sampling, length, drawing)
+    return copy_draft_states(compute, kv, batch, slots, after), after, out
 
 
 def token_logits(
@@ -218,10 +221,24 @@ def decode_copies(batch: dict[str, Array], position: Array) -> Array | None:
 
 def verified_rows(batch: dict[str, Array], tried: PrefillStates, position: Array, num_drawn: Array) -> PrefillStates:
     """Of the tokens that each row tried from `position` on, as many as it drew: the last one drawn comes next."""
+    copy_to = copies_left(batch, position, position + num_drawn)
     copy_at = batch["decode_checkpoint_at"] - position + 1
-    reached = (copy_at >= 1) & (copy_at <= num_drawn)
-    copy_to = jnp.where(reached, batch["decode_checkpoint"], -1)
     return replace(tried, q_len=num_drawn, target=tried.source, copy_to=copy_to, copy_at=copy_at)
+
+
+def copies_left(batch: dict[str, Array], before: Array, after: Array) -> Array:
+    """Where each decode row left a copy of its states on its way between two positions; negative: nowhere."""
+    at = batch["decode_checkpoint_at"]
+    return jnp.where((before <= at) & (at < after), batch["decode_checkpoint"], -1)
+
+
+def copy_draft_states(compute: Compute, kv: KV, batch: dict[str, Array], before: Slots, after: Slots) -> KV:
+    """A draft model's states beside the copies that the model's layers left in a step between these slots."""
+    if compute.draft is None or compute.draft.model.recurrence is None:
+        return kv
+    slot = batch["decode_slot"]
+    copies = copies_left(batch, before.position[slot], after.position[slot])
+    return draft_model.leave_copies(compute, kv, slot, copies)
 
 
 def take_drawn(compute: Compute, kv: KV, rows: PrefillStates) -> KV:

@@ -51,6 +51,11 @@ class PrefillStates:
         return jnp.where(self.copy_to >= 0, self.copy_at, 0)
 
 
+def rows_of_their_own(q_start: Array, q_len: Array, rows: Array, each: int) -> PrefillStates:
+    """Chunks with room for `each` tokens that continue the states in `rows`, and leave no copy."""
+    return PrefillStates(q_start, q_len, rows, rows, jnp.full_like(rows, -1), jnp.zeros_like(rows), each=each)
+
+
 # step(state [...], inputs [tokens, ...] each) -> (state, outputs [tokens, ...]). Inputs that are all zero
 # must leave the state as it is.
 Step = Callable[[Array, tuple[Array, ...]], tuple[Array, Array]]

@@ -24,7 +24,7 @@ from engine.model.families import model_config
 from engine.model.known import known_config
 from engine.model.params import param_specs
 from engine.programs import held_bytes, page_bytes, param_shapes, state_bytes, step_program
-from engine.resolve import DeviceFacts, resolve
+from engine.resolve import DeviceFacts, ModelFiles, resolve
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding.mesh import mesh_of
 from sharding.topology import topology_devices
@@ -56,8 +56,8 @@ FAMILIES = {
     for model in (known_config(name),)
 }
 # Two layers with the sizes of Mamba 2 2.7B, Granite 4.0 H Small and Qwen3-Next 80B.
-RECURRENT = {
-    hf["model_type"]: model_config({"num_hidden_layers": 2, **hf})
+RECURRENT_FILES: dict[str, dict[str, Any]] = {
+    hf["model_type"]: {"num_hidden_layers": 2, **hf}
     for hf in (
         {"model_type": "mamba2", "vocab_size": 50288, "hidden_size": 2560, "num_heads": 80, "n_groups": 1},
         {
@@ -72,6 +72,24 @@ RECURRENT = {
         },
     )
 }  # fmt: skip
+RECURRENT = {name: model_config(hf) for name, hf in RECURRENT_FILES.items()}
+# Two layers of a model, and two with the sizes of a smaller one that drafts for it.
+DRAFTED = {
+    "qwen3-8b": tuple(replace(m, layers=m.layers[:2]) for m in map(known_config, ("qwen3-8b", "qwen3-0.6b"))),
+    **{
+        name: (RECURRENT[name], model_config(RECURRENT_FILES[name] | {"hidden_size": 768} | smaller))
+        for name, smaller in {
+            "mamba2": {"num_heads": 24},
+            "granitemoehybrid": {
+                "num_attention_heads": 12,
+                "num_key_value_heads": 4,
+                "num_local_experts": 0,
+                "mamba_n_heads": 48,
+                "mamba_d_head": 32,
+            },
+        }.items()
+    },
+}
 CHIPS = {
     "v6e:2x2": DeviceFacts("tpu", 32 << 30, True, "v6e"),
     "v5p:2x2x1": DeviceFacts("tpu", 95 << 30, True, "v5p"),
@@ -101,7 +119,8 @@ def compile_for(chip: str, program: Program) -> Memory:
 
 
 def config_for(model: ModelConfig, chip: str, devices: dict[str, DeviceFacts] = CHIPS, **options: Any) -> EngineConfig:
-    config = resolve(EngineOptions(max_model_len=8192, **options), model, "bfloat16", devices[chip])
+    draft = ModelFiles(DRAFTED[options["draft_model"]][1], "bfloat16") if "draft_model" in options else None
+    config = resolve(EngineOptions(max_model_len=8192, **options), model, "bfloat16", devices[chip], draft=draft)
     bytes_a_page = page_bytes(model, config)
     useful = config.max_num_seqs * config.max_pages_per_seq
     return replace(config, num_pages=POOL_BYTES // bytes_a_page if bytes_a_page else useful)
@@ -144,6 +163,9 @@ def cases() -> Iterator[Any]:
                     yield pytest.param(model, kind, chip, options, marks=[slow], id=f"{name}-2-{form}-{kind}-{chip}")
         for name, model in ({"llama8b": first_layers(LLAMA_8B, 2)} | FAMILIES | RECURRENT).items():
             yield pytest.param(model, "verify", chip, SPECULATING, marks=[slow], id=f"{name}-2-verify-{chip}")
+        for name, (model, _) in DRAFTED.items():
+            options = SPECULATING | {"speculation": "draft", "draft_model": name}
+            yield pytest.param(model, "verify", chip, options, marks=[slow], id=f"{name}-2-drafted-verify-{chip}")
 
 
 @pytest.mark.aot

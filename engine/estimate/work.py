@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.batch import StepKey
 from engine.config import EngineConfig
-from engine.draft_model import LATEST_TOKENS
+from engine.draft_model import most_new
 from engine.estimate.count import Count, Span, Step, count_step
 from engine.model.config import ModelConfig
 from engine.plan import StepPlan
@@ -51,14 +51,14 @@ class Done:
         drawn = key.rows * width + (config.max_prefill_rows if key.tokens else 0)
         return Step(key.tokens + key.rows * width, drawn, tuple(spans), each=width if key.drafts else 0)
 
-    def drafting(self, config: EngineConfig, key: StepKey) -> Iterator[Step]:
-        """What a draft model does beside the mean turn: it reads the chunks, or proposes token by token. That it
+    def drafting(self, draft: ModelConfig, config: EngineConfig, key: StepKey) -> Iterator[Step]:
+        """What the draft model does beside the mean turn: it reads the chunks, or proposes token by token. That it
         catches up now and then is not counted."""
         spans = self.step(config, key).spans
         if self.chunks:
             yield Step(key.tokens, 0, spans[:1])
         for i in range(key.drafts if self.decoded else 0):
-            width = 1 if i else LATEST_TOKENS
+            width = 1 if i else most_new(draft, key.drafts)
             span = replace(spans[0], tokens=width, start=spans[0].start + i - width + 1)
             yield Step(key.rows * width, key.rows, (span,), each=width)
 
@@ -87,7 +87,9 @@ class Work:
             counted = count_step(self.model, self.config, ran.step(self.config, key))
             if self.config.draft is not None:
                 drafting = self.config.draft.model, self.config.of_draft(self.config.draft)
-                counted += sum((count_step(*drafting, step) for step in ran.drafting(self.config, key)), Count())
+                counted += sum(
+                    (count_step(*drafting, step) for step in ran.drafting(drafting[0], self.config, key)), Count()
+                )
             self.flops += counted.all_flops * ran.turns
             self.memory_bytes += counted.memory_bytes * ran.turns
         return self.flops, self.memory_bytes

@@ -133,6 +133,11 @@ KINDS = {
     "draft": (SHALLOW, DRAFTED),  # by other weights
     "twin": (SHALLOW, DRAFTED),  # by the model's own
     "other": (SHALLOW, replace(DRAFTED, draft=OTHER)),
+    "states-twin": (
+        STATE_SPACE,
+        replace(RECURRENT, target=CPU, draft_tokens=3, draft=replace(DRAFT, model=STATE_SPACE)),
+    ),
+    "delta-twin": (DELTA, replace(RECURRENT, draft_tokens=3, draft=replace(DRAFT, model=DELTA))),
     "packed": (MODEL, replace(FEWER, target=CPU, quantization="int8", kv_cache_dtype="int8")),
 }
 # And over checkpoints that stay packed as they are stored, each written into a folder.
@@ -183,7 +188,7 @@ def world(kind: str = "float") -> World:
     params = random_params(model, config, 3)
     held = dict(params)
     if config.draft is not None:
-        drafting = random_params(config.draft.model, config.of_draft(config.draft), 3 if kind == "twin" else 4)
+        drafting = random_params(config.draft.model, config.of_draft(config.draft), 3 if kind.endswith("twin") else 4)
         held |= {PREFIX + name: array for name, array in drafting.items()}
     return _world(model, config, held, params)
 
