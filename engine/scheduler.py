@@ -1,7 +1,8 @@
 """Continuous batching: which tokens the next step computes, and what its results mean.
 
 `add`, `abort`, `plan() -> StepPlan`, `commit(plan, result) -> events`. Plain Python: no JAX,
-no threads, no clock. First come, first served; the newest are preempted first, by recompute.
+no threads, no clock. First come, first served, but that a long prompt lets short ones through; the newest are
+preempted first, by recompute.
 """
 
 from __future__ import annotations
@@ -246,23 +247,40 @@ class Scheduler:
                 return 0
 
     def _plan_prefill(self, budget: int) -> tuple[list[PrefillRow], list[Sequence]]:
+        """In order of arrival; but the first prompt that does not fit leaves up to half of its part to those behind it
+        that have less than half as much to read. They would wait for all of it; it waits for as much again at most."""
         rows: list[PrefillRow] = []
         admitted: list[Sequence] = []
+        long, kept, most = None, 0, self.config.max_model_len
         started = iter(self.prompts.copy())
-        while budget > 0 and len(rows) < self.config.max_prefill_rows:
-            seq = next(started, None)
+        while budget > 0 and len(rows) + (long is not None) < self.config.max_prefill_rows:
+            seq = self._next_prompt(started, most, admitted)
             if seq is None:
-                match = self._admissible()
-                if match is None:
-                    break
-                seq = self._admit(match)
-                admitted.append(seq)
-            rows.append(self._prefill_row(seq, budget))
-            budget -= rows[-1].count
+                break
+            if long is None and seq.num_unread > budget:
+                long, kept, most = seq, budget - budget // 2, seq.num_unread // 2
+                budget //= 2
+            else:
+                rows.append(self._prefill_row(seq, budget))
+                budget -= rows[-1].count
+        if long is not None:
+            rows.append(self._prefill_row(long, kept + budget))
         return rows, admitted
 
+    def _next_prompt(self, started: Iterator[Sequence], most: int, admitted: list[Sequence]) -> Sequence | None:
+        """The next that has at most so many tokens to read: of those that began, else the first in the queue, which is
+        admitted then."""
+        for seq in started:
+            if seq.num_unread <= most:
+                return seq
+        match = self._admissible()
+        if match is None or len(next(iter(self.waiting)).token_ids) - len(match.pages) * self.config.page_size > most:
+            return None
+        admitted.append(self._admit(match))
+        return admitted[-1]
+
     def _prefill_row(self, seq: Sequence, budget: int) -> PrefillRow:
-        start, count = seq.computed, min(budget, seq.prefill_len - seq.computed)
+        start, count = seq.computed, min(budget, seq.num_unread)
         if start < seq.branch:
             count = min(count, seq.branch - start)
         seq.computed += count

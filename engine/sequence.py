@@ -75,6 +75,11 @@ class Sequence:
         return self.computed < self.prefill_len
 
     @property
+    def num_unread(self) -> int:
+        """Of the tokens known at admission, those that lack KV."""
+        return self.prefill_len - self.computed
+
+    @property
     def wants_logprobs(self) -> bool:
         return self.request.params.logprobs is not None
 

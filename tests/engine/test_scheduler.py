@@ -196,6 +196,48 @@ def test_first_come_first_served() -> None:
     sim.check_tokens()
 
 
+def chunks(plan: StepPlan | None) -> dict[str, int]:
+    """Prompt tokens of each request in a step."""
+    assert plan is not None
+    return {row.seq.request.request_id: row.count for row in plan.prefill_rows}
+
+
+def test_short_prompts_do_not_wait_for_a_long_one_that_is_being_read() -> None:
+    sim = Sim()
+    sim.add("long", 62, max_tokens=2)
+    assert chunks(sim.step()) == {"long": 16}
+    for name, length in (("short", 6), ("next", 20), ("rival", 30)):
+        sim.add(name, length, max_tokens=1)
+    assert chunks(sim.step()) == {"long": 8, "short": 6, "next": 2}
+    assert chunks(sim.step()) == {"long": 8, "next": 8}  # rival has no less to read than half of 30
+    assert chunks(sim.step()) == {"long": 8, "next": 8}
+    assert chunks(sim.step()) == {"long": 14, "next": 2}
+    assert chunks(sim.step()) == {"long": 8, "rival": 8}  # which fits behind the rest of it
+    sim.run()
+    assert list(sim.endings) == [("short", 0), ("next", 0), ("long", 0), ("rival", 0)]
+    sim.check_tokens()
+
+
+def test_a_long_prompt_is_held_up_by_no_more_than_its_own_time() -> None:
+    """A short one comes with every step; it is read in twice the steps that it takes alone."""
+    sim, steps = Sim(), 0
+    sim.add("long", 63, max_tokens=1)
+    while ("long", 0) not in sim.endings:
+        sim.add(f"short {steps}", 8, max_tokens=1)
+        assert chunks(sim.step())["long"] >= 8
+        steps += 1
+    assert 2 * 4 - 1 <= steps <= 2 * 4
+
+
+def test_prompts_of_one_length_are_read_one_after_the_other() -> None:
+    """The first of them would gain nothing, and all others lose."""
+    sim = Sim()
+    for name in "abc":
+        sim.add(name, 30, max_tokens=1)
+    found = [chunks(plan) for plan in sim.run() if plan.prefill_rows]
+    assert found == [{"a": 16}, {"a": 14, "b": 2}, {"b": 16}, {"b": 12, "c": 4}, {"c": 16}, {"c": 10}]
+
+
 # -- preemption -------------------------------------------------------------------------------
 
 
