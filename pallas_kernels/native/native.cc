@@ -29,26 +29,52 @@ OCTAVO_KERNELS(avx512bf16)
 OCTAVO_KERNELS(vector)
 #endif
 
-// Best first. null: this machine runs none of them.
-static const Kernels* found(const std::string& wanted) {
-  std::vector<const Kernels*> usable;
+// Those that this machine runs, best first.
+static std::vector<const Kernels*> usable() {
 #ifdef __x86_64__
+  std::vector<const Kernels*> found;
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     const bool vnni = __builtin_cpu_supports("avx512vnni");
-    if (vnni && __builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16::kernels);
-    if (vnni) usable.push_back(&avx512vnni::kernels);
-    usable.push_back(&avx512::kernels);
+    if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+    if (vnni) found.push_back(&avx512vnni::kernels);
+    found.push_back(&avx512::kernels);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&avx2::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+  return found;
 #else
-  usable.push_back(&vector::kernels);
+  return {&vector::kernels};
 #endif
-  for (const Kernels* kernels : usable)
-    if (wanted.empty() || wanted == kernels->name) return kernels;
+}
+
+// "": the best. null: there is none of that name.
+static const Kernels* kernels_of(std::string_view isa) {
+  static const std::vector<const Kernels*> found = usable();
+  for (const Kernels* kernels : found)
+    if (isa.empty() || isa == kernels->name) return kernels;
   return nullptr;
 }
+
+}  // namespace octavo
+
+// The attribute "isa": what the program was compiled for, which may have been on another machine.
+template <>
+struct xla::ffi::AttrDecoding<const octavo::Kernels*> {
+  using Type = const octavo::Kernels*;
+
+  static bool Isa(XLA_FFI_AttrType type, void*) { return type == XLA_FFI_AttrType_STRING; }
+
+  static std::optional<Type> Decode(XLA_FFI_AttrType type, void* attr, DiagnosticEngine& diagnostic) {
+    const auto isa = AttrDecoding<std::string_view>::Decode(type, attr, diagnostic);
+    if (!isa) return std::nullopt;
+    const octavo::Kernels* kernels = octavo::kernels_of(*isa);
+    if (kernels == nullptr) return diagnostic.Emit("no native kernels for ") << std::string(*isa);
+    return kernels;
+  }
+};
+
+namespace octavo {
 
 constexpr int kSpins = 2000;  // tens of microseconds: a late task ends sooner than a thread sleeps and wakes
 
@@ -242,9 +268,7 @@ static Matmul matmul_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, ffi::R
 }
 
 static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
-                         std::string_view isa, bool transposed, bool in_panels) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+                         const Kernels* kernels, bool transposed, bool in_panels) {
   Matmul m = matmul_of(x, w, y, in_panels);
   m.transposed = transposed;
   m.type = type_of(w);
@@ -257,10 +281,8 @@ static ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
 }
 
 static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                                ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y, std::string_view isa,
+                                ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y, const Kernels* kernels,
                                 bool in_panels, int64_t rounded) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   Matmul m = matmul_of(x, values, y, in_panels);
   m.type = values.element_type() == ffi::DataType::U8 ? Type::kInt4 : Type::kInt8;
   m.scales = scales.untyped_data();
@@ -279,10 +301,8 @@ static ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
 }
 
 // The numbers are in blocks, in turn the gate's and those that it lets through.
-static ffi::Error gate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, std::string_view isa,
+static ffi::Error gate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, const Kernels* kernels,
                        int64_t block) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   if (block % (kernels->lanes / 2)) return ffi::Error::InvalidArgument("blocks must be whole vectors");
   const Gate g{x.untyped_data(), out->untyped_data(), x.element_type() == ffi::DataType::BF16, block};
   const int64_t blocks = static_cast<int64_t>(x.element_count()) / (2 * block);
@@ -294,9 +314,7 @@ constexpr int64_t kNormed = 1 << 16;  // numbers that are worth a task: fewer ar
 
 // y, and with it the sum, is empty where nothing is added.
 static ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, ffi::BufferR2<ffi::F32> weight,
-                       ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> out, std::string_view isa, float eps) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+                       ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> out, const Kernels* kernels, float eps) {
   const int64_t turns = weight.dimensions()[0], size = weight.dimensions()[1];
   if (size % (kernels->lanes / 2)) return ffi::Error::InvalidArgument("rows must be whole vectors");
   const void* added = y.element_count() ? y.untyped_data() : nullptr;
@@ -309,9 +327,7 @@ static ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y,
 }
 
 static ffi::Error rope(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::F32> cos, ffi::BufferR2<ffi::F32> sin,
-                       ffi::Result<ffi::AnyBuffer> q, ffi::Result<ffi::AnyBuffer> kv, std::string_view isa) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+                       ffi::Result<ffi::AnyBuffer> q, ffi::Result<ffi::AnyBuffer> kv, const Kernels* kernels) {
   const auto sizes = x.dimensions();
   const Rope r{x.untyped_data(), cos.typed_data(), sin.typed_data(), q->untyped_data(), kv->untyped_data(),
                x.element_type() == ffi::DataType::BF16, sizes[1], sizes[2], sizes[3], cos.dimensions()[1]};
@@ -323,9 +339,7 @@ static ffi::Error rope(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi
 }
 
 static ffi::Error greedy(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::ResultBufferR1<ffi::S32> token,
-                         ffi::ResultBufferR1<ffi::PRED> faulty, std::string_view isa) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
+                         ffi::ResultBufferR1<ffi::PRED> faulty, const Kernels* kernels) {
   const int64_t rows = logits.dimensions()[0], vocab = logits.dimensions()[1];
   const Greedy g{logits.typed_data(), token->typed_data(), faulty->typed_data(), vocab};
   run_rows(pool, rows, vocab, kNormed, [&](int64_t begin, int64_t end) { kernels->greedy(g, begin, end); });
@@ -399,10 +413,8 @@ static void zero(const Attention& a, int64_t begin, int64_t end) {
 
 static ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::BufferR2<ffi::S32> tables,
                          ffi::BufferR1<ffi::S32> lens, ffi::BufferR1<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out,
-                         std::string_view isa, int64_t heads, int64_t head_stride, int64_t value_offset,
+                         const Kernels* kernels, int64_t heads, int64_t head_stride, int64_t value_offset,
                          int64_t exponents, float scale, float softcap, int64_t window) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   const Attention a =
       attention_of(q, pages, tables, sinks, out, {heads, head_stride, value_offset, exponents}, scale, softcap, window);
   std::vector<Queries> tasks;
@@ -454,11 +466,9 @@ static ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
 
 static ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::BufferR2<ffi::S32> tables,
                           ffi::BufferR1<ffi::S32> starts, ffi::BufferR1<ffi::S32> lens, ffi::BufferR1<ffi::S32> positions,
-                          ffi::BufferR1<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, std::string_view isa,
+                          ffi::BufferR1<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, const Kernels* kernels,
                           int64_t heads, int64_t head_stride, int64_t value_offset, int64_t exponents, float scale,
                           float softcap, int64_t window) {
-  const Kernels* kernels = found(std::string(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("no native kernels for " + std::string(isa));
   const Attention a =
       attention_of(q, pages, tables, sinks, out, {heads, head_stride, value_offset, exponents}, scale, softcap, window);
   std::vector<Queries> tasks;
@@ -484,7 +494,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_matmul, octavo::matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("isa")
+                                  .Attr<const octavo::Kernels*>("isa")
                                   .Attr<bool>("transposed")
                                   .Attr<bool>("in_panels"));
 
@@ -496,7 +506,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_packed_matmul, octavo::packed_matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("isa")
+                                  .Attr<const octavo::Kernels*>("isa")
                                   .Attr<bool>("in_panels")
                                   .Attr<int64_t>("rounded"));
 
@@ -505,7 +515,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_gate, octavo::gate,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("isa")
+                                  .Attr<const octavo::Kernels*>("isa")
                                   .Attr<int64_t>("block"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_norm, octavo::norm,
@@ -516,7 +526,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_norm, octavo::norm,
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("isa")
+                                  .Attr<const octavo::Kernels*>("isa")
                                   .Attr<float>("eps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_rope, octavo::rope,
@@ -527,7 +537,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_rope, octavo::rope,
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("isa"));
+                                  .Attr<const octavo::Kernels*>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_greedy, octavo::greedy,
                               ffi::Ffi::Bind()
@@ -535,12 +545,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_greedy, octavo::greedy,
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::BufferR1<ffi::S32>>()
                                   .Ret<ffi::BufferR1<ffi::PRED>>()
-                                  .Attr<std::string_view>("isa"));
+                                  .Attr<const octavo::Kernels*>("isa"));
 
 #define OCTAVO_ATTENTION_ATTRIBUTES   \
   .Arg<ffi::BufferR1<ffi::F32>>()     \
       .Ret<ffi::AnyBuffer>()          \
-      .Attr<std::string_view>("isa")  \
+      .Attr<const octavo::Kernels*>("isa")  \
       .Attr<int64_t>("heads")         \
       .Attr<int64_t>("head_stride")   \
       .Attr<int64_t>("value_offset")  \
@@ -570,6 +580,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_prefill_attention, octavo::prefill,
 
 // The best instruction set of this machine that was compiled in; "" when there is none.
 extern "C" __attribute__((visibility("default"))) const char* octavo_best_isa() {
-  const octavo::Kernels* kernels = octavo::found("");
+  const octavo::Kernels* kernels = octavo::kernels_of("");
   return kernels == nullptr ? "" : kernels->name;
 }
