@@ -20,7 +20,7 @@ from pallas_kernels.panels import Panels, as_stored
 from pallas_kernels.target import Target
 
 PAIRS = ("avx512bf16",)  # instruction sets of ours that multiply bfloat16 themselves
-BYTES = ("avx512vnni", "avx512bf16")  # int8
+BYTES = ("avx2", "avx512", "avx512vnni", "avx512bf16")  # int8
 STREAMED = 4  # rows up to which reading the weights is what takes time, whoever multiplies
 PANEL = 4  # vectors
 WEIGHTS = ("float32", "bfloat16", "int8")

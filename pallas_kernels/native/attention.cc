@@ -411,7 +411,7 @@ void fold_range(const Attention& a, const Queries& t, int64_t begin, int64_t end
                 const State& s, float* scratch) {
   const int64_t kv_heads = kv_heads_of(a, t), heads = t.num_heads / kv_heads;
   Block<W> block;
-  Next next;
+  Next next{};
   for (int64_t first = begin; first < end; first += kKeys) {
     if (first + kKeys < end) find_next<W>(a, t, first + kKeys, smaller(kKeys, end - first - kKeys), next);
     else if (after != nullptr) find_next<W>(a, after->queries, after->first, first_keys(*after), next);

@@ -1,6 +1,6 @@
 """Compiles the kernels next to their source: `python -m pallas_kernels.native.build`, or the package's own build.
 
-Every instruction set of the machine's kind is compiled; which one runs is chosen while running.
+Every instruction set of the kind of machine that $CXX compiles for is compiled; which one runs is chosen while running.
 `xla/ffi/api` is XLA's own, from jaxlib 0.11.2, the oldest that we run on: XLA takes kernels made
 for an older interface and refuses those for a newer one.
 """
@@ -8,7 +8,6 @@ for an older interface and refuses those for a newer one.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -44,7 +43,11 @@ def build(target: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotBuilt("no C++ compiler found (c++, g++ or clang++; or name one in CXX)")
-    isas = ["avx2", "avx512", "avx512vnni", "avx512bf16"] if platform.machine() in ("x86_64", "AMD64") else ["vector"]
+    isas = (
+        ["avx2", "avx512", "avx512vnni", "avx512bf16"]
+        if _run([compiler, "-dumpmachine"])[:6] == "x86_64"
+        else ["vector"]
+    )
     sources = [("native.cc", [f"-isystem{SOURCE}"])]
     for isa in isas:
         flags = [*FLAGS[isa], f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]
@@ -64,10 +67,11 @@ def _compile(compiler: str, source: str, flags: list[str], target: Path) -> None
     _run([compiler, *common, *flags, "-c", str(SOURCE / source), "-o", str(target)])
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotBuilt(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 if __name__ == "__main__":

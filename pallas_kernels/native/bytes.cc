@@ -1,43 +1,23 @@
-// int8 activations times int8 or int4 weights, by the processor's products of four bytes (AVX512-VNNI).
+// int8 activations times int8 or int4 weights, as integers.
 //
-// The processor multiplies unsigned by signed bytes. The weights are made unsigned, int8 by adding 128 (a nibble is so
-// already), and what that adds to a sum, `zero` times the sum of the activations' numbers, is where the sum begins.
+// Processors multiply unsigned by signed bytes. A nibble is unsigned; for VNNI int8 is made so by adding 128. What that, or
+// a nibble's zero, adds to a sum, `zero` times the sum of the activations' numbers, is taken away behind it.
+#include "bytes.h"
 #include "kernels.h"
 #include "panels.h"
 #include "vectors.h"
 
-#ifdef __AVX512VNNI__
+#ifdef OCTAVO_BYTES
 #include <algorithm>
 
 namespace octavo::ISA {
 namespace {
 
 constexpr int kVecs = kPanel / kLanes;
-constexpr int kTileRows = 3;                          // integers and sums of so many rows fill the registers
+constexpr int kTileRows = LANES == 16 ? 3 : 2;        // whose integers stay in registers
 constexpr int64_t kQuads = kRoundedRows / 4;          // products of four bytes between two takings of scales
 constexpr int64_t kUnpacked = 288;                    // rows of w that become quads at once, which stay in L1
 constexpr int64_t kMostUnpacked = kRoundedInt4Group;  // of int4 in large groups
-
-// Columns [0, kPanel) in the order that `quads` leaves them in, of four vectors in their own; and back again.
-inline void reorder(Vec (&v)[kVecs]) {
-  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
-  const __m512 ab_high = _mm512_shuffle_f32x4(a, b, 0xee), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
-  v[0] = (Vec)_mm512_shuffle_f32x4(ab, cd, 0x88);
-  v[1] = (Vec)_mm512_shuffle_f32x4(ab, cd, 0xdd);
-  v[2] = (Vec)_mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
-  v[3] = (Vec)_mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
-}
-
-// Four rows of bytes become vectors of a column's four bytes each, columns 0 to 3 of every 16, then 4 to 7, and so on.
-inline void quads(const __m512i (&row)[4], __m512i (&out)[kVecs]) {
-  const __m512i low = _mm512_unpacklo_epi8(row[0], row[1]), low_next = _mm512_unpacklo_epi8(row[2], row[3]);
-  const __m512i high = _mm512_unpackhi_epi8(row[0], row[1]), high_next = _mm512_unpackhi_epi8(row[2], row[3]);
-  out[0] = _mm512_unpacklo_epi16(low, low_next);
-  out[1] = _mm512_unpackhi_epi16(low, low_next);
-  out[2] = _mm512_unpacklo_epi16(high, high_next);
-  out[3] = _mm512_unpackhi_epi16(high, high_next);
-}
 
 // Some columns of w, at most a panel, from c on.
 struct Columns {
@@ -52,7 +32,7 @@ struct Columns {
         count(count),
         is_int4(m.type == Type::kInt4),
         stride(m.in_panels ? kPanel : m.n),
-        zero(!is_int4 ? 128 : m.offsets == nullptr ? 8 : 0) {}
+        zero(!is_int4 ? (kSigned ? 0 : 128) : m.offsets == nullptr ? 8 : 0) {}
 
   // Where stored row `row` is.
   const uint8_t* at(int64_t row) const {
@@ -61,29 +41,30 @@ struct Columns {
 
   // Rows [first, end) of w, whole groups of int4, as unsigned quads. `ahead` turns once for each stored row.
   void unpack(int64_t first, int64_t end, uint8_t* to, Ahead ahead) const {
-    const __mmask64 mask = count == kPanel ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
-    const auto rows = [&](const uint8_t* from, __m512i (&out)[kVecs]) {
-      __m512i row[4];
-      for (int i = 0; i < 4; ++i, ahead.turn()) row[i] = _mm512_maskz_loadu_epi8(mask, from + i * stride);
+    const auto rows = [&](const uint8_t* from, Raw (&out)[kVecs]) {
+      Raw row[4];
+      for (int i = 0; i < 4; ++i, ahead.turn()) row[i] = some_bytes(from + i * stride, count);
       quads(row, out);
     };
-    __m512i bytes[kVecs];
+    const auto keep = [](uint8_t* to, Raw bytes) { std::memcpy(to, &bytes, sizeof bytes); };
+    Raw bytes[kVecs];
     if (!is_int4) {
+      const Raw added = all_bytes(kSigned ? 0 : -128);
       for (int64_t k = first; k < end; k += 4, to += 4 * kPanel) {
         rows(at(k), bytes);
-        for (int v = 0; v < kVecs; ++v) _mm512_store_si512(to + v * 64, _mm512_xor_si512(bytes[v], _mm512_set1_epi8(-128)));
+        for (int v = 0; v < kVecs; ++v) keep(to + v * sizeof(Raw), bytes[v] ^ added);
       }
       return;
     }
-    const __m512i low = _mm512_set1_epi8(15);
+    const Raw low = all_bytes(15);
     for (int64_t g = first; g < end; g += m.group, to += m.group * kPanel)
       for (int64_t k = 0; k < m.group / 2; k += 4) {
         uint8_t* lows = to + k * kPanel;
         uint8_t* highs = lows + m.group / 2 * kPanel;
         rows(at(g / 2 + k), bytes);
         for (int v = 0; v < kVecs; ++v) {
-          _mm512_store_si512(lows + v * 64, _mm512_and_si512(bytes[v], low));
-          _mm512_store_si512(highs + v * 64, _mm512_and_si512(_mm512_srli_epi16(bytes[v], 4), low));
+          keep(lows + v * sizeof(Raw), bytes[v] & low);
+          keep(highs + v * sizeof(Raw), (Raw)((RawHalves)bytes[v] >> 4) & low);
         }
       }
   }
@@ -109,7 +90,7 @@ struct Columns {
       else if (m.scales_type == Type::kBFloat16) out[v] = widen(static_cast<const uint16_t*>(from) + first + v * kLanes);
       else out[v] = widen(static_cast<const float*>(from) + first + v * kLanes);
     }
-    reorder(out);
+    to_quads(out);
     for (int v = 0; v < kVecs; ++v) write(to + v * kLanes, out[v]);
   }
 };
@@ -122,7 +103,7 @@ struct Factors {
 enum class Applied { kLater, kScales, kOffsets };  // to a group's sum: nothing, or its scales, or its offsets, too
 
 // sums[kRows, a panel] += what rows [first, end) of w, unpacked, give. Integers and their sums all stay in registers.
-template <int kRows, Applied kApplied>
+template <int kRows, Applied kApplied, bool kInt4>
 __attribute__((noinline)) void byte_tile(const Columns& w, int64_t row, int64_t first, int64_t end,
                                          const uint8_t* unpacked, const Factors& factors, float* sums, Ahead& ahead) {
   const Matmul& m = w.m;
@@ -135,23 +116,21 @@ __attribute__((noinline)) void byte_tile(const Columns& w, int64_t row, int64_t 
     const int8_t* numbers = x.numbers + row * m.k + k;
     const int32_t* totals = x.sums + row * parts + k / kRoundedRows;
     const float* x_scales = x.scales + row * scales + k / x.group;
-    Ints found[kRows][kVecs];
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVecs; ++v) found[r][v] = Ints{} - static_cast<int32_t>(w.zero) * totals[r * parts];
+    Products<kInt4> found[kRows][kVecs];
     for (int64_t q = 0; q < kQuads; ++q, unpacked += 4 * kPanel) {
-      __m512i weights[kVecs];
-      for (int v = 0; v < kVecs; ++v) weights[v] = _mm512_load_si512(unpacked + v * 64);
+      Raw weights[kVecs];
+      for (int v = 0; v < kVecs; ++v) weights[v] = read<Raw>(unpacked + v * sizeof(Raw));
       for (int turn = 0; turn < kTurns; ++turn) ahead.turn();
       for (int r = 0; r < kRows; ++r) {
-        const __m512i four = _mm512_set1_epi32(read<int32_t>(numbers + r * m.k + 4 * q));
-        for (int v = 0; v < kVecs; ++v) found[r][v] = (Ints)_mm512_dpbusd_epi32((__m512i)found[r][v], weights[v], four);
+        const Raw four = (Raw)(Ints{} + read<int32_t>(numbers + r * m.k + 4 * q));
+        for (int v = 0; v < kVecs; ++v) found[r][v].add(weights[v], four);
       }
     }
     const int64_t g = kApplied == Applied::kLater ? 0 : k / m.group - first / m.group;
     for (int r = 0; r < kRows; ++r) {
       const float x_scale = x_scales[r * scales], x_total = x_scale * static_cast<float>(totals[r * parts]);
       for (int v = 0; v < kVecs; ++v) {
-        const Vec value = floats(found[r][v]) * x_scale;
+        const Vec value = floats(found[r][v].total() - static_cast<int32_t>(w.zero) * totals[r * parts]) * x_scale;
         if constexpr (kApplied == Applied::kLater) sum[r][v] += value;
         else sum[r][v] += value * read<Vec>(factors.scales[g] + v * kLanes);
         if constexpr (kApplied == Applied::kOffsets) sum[r][v] += x_total * read<Vec>(factors.offsets[g] + v * kLanes);
@@ -172,7 +151,8 @@ void byte_tiles(const Columns& w, int64_t first, int64_t end, const uint8_t* unp
       if (kApplied == Applied::kOffsets) w.factors(m.offsets, g, factors.offsets[i]);
     }
   in_heights<kTileRows>(m.tokens, [&](auto height, int64_t r) {
-    byte_tile<height, kApplied>(w, r, first, end, unpacked, factors, sums + r * kPanel, ahead);
+    const auto tile = w.is_int4 ? byte_tile<height, kApplied, true> : byte_tile<height, kApplied, false>;
+    tile(w, r, first, end, unpacked, factors, sums + r * kPanel, ahead);
   });
 }
 
@@ -187,7 +167,7 @@ void finish(const Columns& w, bool scaled, const float* sums) {
       out[v] = read<Vec>(sums + v * kLanes);
       if (!scaled) out[v] *= read<Vec>(scales + v * kLanes);
     }
-    reorder(out);
+    from_quads(out);
     for (int64_t v = 0; v * kLanes < w.count; ++v) write_y(m, r * m.n + w.c + v * kLanes, out[v]);
   }
 }
@@ -218,16 +198,15 @@ inline Vec number_of(const Rounded& r, int64_t i) {
   return r.is_bfloat16 ? widen(static_cast<const uint16_t*>(r.x) + i) : widen(static_cast<const float*>(r.x) + i);
 }
 
-// The highest magnitude of `count` numbers from `first` on; NaN where one is.
+// The highest magnitude of `count` numbers from `first` on; NaN where one is not finite.
 inline float magnitude(const Rounded& r, int64_t first, int64_t count) {
-  __m512 highest = _mm512_setzero_ps();
-  __mmask16 unordered = 0;
+  Vec highest{}, nothing{};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512 value = (__m512)number_of(r, first + i);
-    unordered |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    highest = _mm512_max_ps(highest, _mm512_abs_ps(value));
+    const Vec value = number_of(r, first + i), size = (Vec)((Bits)value & 0x7fffffff);
+    nothing += value * 0.0f;
+    highest = size > highest ? size : highest;
   }
-  return unordered ? __builtin_nanf("") : _mm512_reduce_max_ps(highest);
+  return top(highest) + total(nothing);
 }
 
 }  // namespace
@@ -239,13 +218,13 @@ void round(const Rounded& r, int64_t begin, int64_t end) {
     const float inverse = 1.0f / scale;
     r.scales[first / r.group] = scale;
     for (int64_t part = first; part < first + r.group; part += kRoundedRows) {
-      __m512i total = _mm512_setzero_si512();
+      Ints sum{};
       for (int64_t i = part; i < part + kRoundedRows; i += kLanes) {
-        const __m512i number = _mm512_cvtps_epi32((__m512)(number_of(r, i) * inverse));
-        total = _mm512_add_epi32(total, number);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(r.numbers + i), _mm512_cvtsepi32_epi8(number));
+        const Ints number = nearest(number_of(r, i) * inverse);
+        sum += number;
+        write_bytes(r.numbers + i, number);
       }
-      r.sums[part / kRoundedRows] = _mm512_reduce_add_epi32(total);
+      r.sums[part / kRoundedRows] = static_cast<int32_t>(total(floats(sum)));  // exact: integers below 2**24
     }
   }
 }

@@ -20,7 +20,7 @@ constexpr bool kHalves = true;
 constexpr bool kHalves = false;
 #endif
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512F__) || defined(__AVX2__)
 constexpr auto kRoundedColumns = rounded_columns;
 constexpr auto kRound = round;
 #else

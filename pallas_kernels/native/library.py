@@ -29,29 +29,35 @@ CALLS = (MATMUL, PACKED_MATMUL, GATE, NORM, ROPE, GREEDY, DECODE_ATTENTION, PREF
 
 @dataclass(frozen=True)
 class Library:
-    """What this process can call. isa: "" where there is nothing, and then `missing` says why."""
+    """What this process can call: kernels for some instruction sets, the best first. Where there are none, `missing`
+    says why."""
 
-    isa: str
+    isas: tuple[str, ...]
     missing: str = ""
+
+    @property
+    def isa(self) -> str:
+        """The best one, or ""."""
+        return self.isas[0] if self.isas else ""
 
 
 @cache
 def library(path: Path = LIBRARY) -> Library:
     """Load and register; never raises: without it plain XLA serves."""
     if not path.is_file():
-        return Library("", "not built: `python -m pallas_kernels.native.build` needs a C++ compiler")
+        return Library((), "not built: `python -m pallas_kernels.native.build` needs a C++ compiler")
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.octavo_best_isa.restype = ctypes.c_char_p
-        isa = loaded.octavo_best_isa().decode()
-        if not isa:
-            return Library("", "this CPU has none of the instruction sets that it was built for")
+        loaded.octavo_isas.restype = ctypes.c_char_p
+        isas = tuple(loaded.octavo_isas().decode().split(","))
+        if isas == ("",):
+            return Library((), "this CPU has none of the instruction sets that it was built for")
         jax.devices("cpu")  # before it exists, a kernel that it refuses would take the backend with it
         for name in CALLS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
-        return Library("", f"{path.name} cannot be used: {' '.join(str(error).split())}")
-    return Library(isa)
+        return Library((), f"{path.name} cannot be used: {' '.join(str(error).split())}")
+    return Library(isas)
 
 
 def not_native(target: Target, num_devices: int = 1) -> str | None:

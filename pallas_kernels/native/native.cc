@@ -48,11 +48,11 @@ static std::vector<const Kernels*> usable() {
 #endif
 }
 
-// "": the best. null: there is none of that name.
+// null: there is none of that name.
 static const Kernels* kernels_of(std::string_view isa) {
   static const std::vector<const Kernels*> found = usable();
   for (const Kernels* kernels : found)
-    if (isa.empty() || isa == kernels->name) return kernels;
+    if (isa == kernels->name) return kernels;
   return nullptr;
 }
 
@@ -578,8 +578,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(octavo_prefill_attention, octavo::prefill,
                                   .Arg<ffi::BufferR1<ffi::S32>>() OCTAVO_ATTENTION_ATTRIBUTES);
 #pragma GCC visibility pop
 
-// The best instruction set of this machine that was compiled in; "" when there is none.
-extern "C" __attribute__((visibility("default"))) const char* octavo_best_isa() {
-  const octavo::Kernels* kernels = octavo::kernels_of("");
-  return kernels == nullptr ? "" : kernels->name;
+// The instruction sets of this machine that were compiled in, best first, with commas between them.
+extern "C" __attribute__((visibility("default"))) const char* octavo_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const octavo::Kernels* kernels : octavo::usable()) joined += (joined.empty() ? "" : ",") + std::string(kernels->name);
+    return joined;
+  }();
+  return names.c_str();
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -206,16 +207,20 @@ def test_native_is_the_product_of_the_dequantized_weights_to_the_bit(kind: str) 
         assert np.array_equal(found[0], wanted[0]) and np.isnan(found[1:]).all(), rows
 
 
-native_product = jax.jit(lambda x, w: quantized_matmul(x, w, target=TARGETS["native"]))
+@partial(jax.jit, static_argnums=2)
+def native_product(x: jax.Array, w: Quantized, target: Target = TARGETS["native"]) -> jax.Array:
+    return quantized_matmul(x, w, target=target)
 
 
-def check_bits_of_the_first_row(x: np.ndarray, w: Quantized, whole: np.ndarray) -> None:
+def check_bits_of_the_first_row(
+    x: np.ndarray, w: Quantized, whole: np.ndarray, target: Target = TARGETS["native"]
+) -> None:
     """As in `whole`, the product of all rows: in every bucket, in panels or not, beside rows of NaN."""
     x[1:] = np.nan
-    width = native.panel_of(w, TARGETS["native"])
+    width = native.panel_of(w, target)
     for weight in (w, native.cut(w, width)) if width else (w,):
         for rows in BFLOAT16_ROWS:
-            found = np.asarray(native_product(x[:rows], weight), np.float64)
+            found = np.asarray(native_product(x[:rows], weight, target), np.float64)
             assert np.array_equal(found[0], whole[0]) and np.isnan(found[1:]).all(), rows
 
 
@@ -247,13 +252,14 @@ ROUNDED: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-@needs_native
+@pytest.mark.parametrize("isa", library().isas)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ROUNDED)
-def test_native_of_rounded_rows(kind: str, dtype: str) -> None:
+def test_native_of_rounded_rows(kind: str, dtype: str, isa: str) -> None:
     """The product of what both sides are rounded to, in order to float32's precision; a row has its bits in every
     bucket, in panels or not, beside rows of NaN."""
     k, n, how = ROUNDED[kind]
+    target = replace(TARGETS["native"], native=isa)
     kinds: dict[str, Any] = {"activations": "dynamic_32"} | how
     rng = np.random.default_rng(k + n)
     w = quantize(rng.standard_normal((k, n)).astype(np.float32), **kinds)
@@ -262,9 +268,26 @@ def test_native_of_rounded_rows(kind: str, dtype: str) -> None:
     block = k if w.activations == "dynamic" else 32
     rounded = rounded_rows(np.asarray(x, np.float32).reshape(-1, block), "int8").reshape(x.shape)
     wanted = rounded @ np.asarray(dequantize(w), np.float64)
-    whole = np.asarray(native_product(x, w), np.float64)
+    whole = np.asarray(native_product(x, w, target), np.float64)
     assert np.linalg.norm(whole - wanted) / np.linalg.norm(wanted) < {"float32": 1e-6, "bfloat16": 2**-9}[dtype]
-    check_bits_of_the_first_row(x, w, whole)
+    check_bits_of_the_first_row(x, w, whole, target)
+
+
+@pytest.mark.parametrize("isa", library().isas)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_native_sums_of_the_largest_numbers_fit(format: Any, isa: str) -> None:
+    """Products of four bytes are summed in 16 bits where the processor has none of its own: -128 by 127, 15 by 127."""
+    rng = np.random.default_rng(5)
+    k, n, target = 256, 32, replace(TARGETS["native"], native=isa)
+    w = quantize(rng.standard_normal((k, n)).astype(np.float32), format, 32, False, "dynamic_32")
+    values = rng.choice([-128, 127], w.values.shape) if format == "int8" else rng.choice([0, 255], w.values.shape)
+    values[:, 0] = values.min()
+    values[:, 1] = values.max()
+    w = replace(w, values=values.astype(w.values.dtype))
+    x = np.stack([np.full(k, 1.0), np.full(k, -1.0), rng.choice([-1.0, 1.0], k)]).astype(np.float32)
+    wanted = x.astype(np.float64) @ np.asarray(dequantize(w), np.float64)
+    found = np.asarray(native_product(x, w, target), np.float64)
+    assert np.abs(found - wanted).max() < 1e-6 * np.abs(np.asarray(dequantize(w))).sum(axis=0).max()
 
 
 def test_blocks_of_columns_overlap_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
