@@ -9,6 +9,7 @@ and the same output. What it proposes enters its pages, where tokens of the sequ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -63,7 +64,7 @@ def leave_copies(compute: Compute, kv: KV, slot: Array, copy_to: Array) -> KV:
         return put_seldom(pool, copy_to, lambda pool: pool[slot], copy_to >= 0)
 
     first = compute.model.num_layers
-    return (*kv[:first], *(jax.tree.map(left, of) if isinstance(of, LayerStates) else of for of in kv[first:]))
+    return (*kv[:first], *_with_states(kv[first:], left))
 
 
 def most_new(draft: ModelConfig, count: int) -> int:
@@ -90,15 +91,15 @@ def _drawn(
         kept, hidden, _ = forward(draft, params, kept, last, rows, None)
         return kept, proposed.at[:, i].set(_likeliest(draft, params, hidden))
 
-    aside = tuple(jax.tree.map(lambda pool: pool[slot], of) if isinstance(of, LayerStates) else of for of in kept)
-    state = (aside, proposed)
+    state = (_with_states(kept, lambda pool: pool[slot]), proposed)
     if draft.target.loops_copy:
         for i in range(1, count):
             state = turn(i, state)
     else:
         state = jax.lax.fori_loop(1, count, turn, state)
-    pairs = zip(kept, state[0], strict=True)
-    return tuple(old if isinstance(old, LayerStates) else new for old, new in pairs), state[1]
+    written, proposed = state
+    pairs = zip(kept, written, strict=True)
+    return tuple(old if isinstance(old, LayerStates) else new for old, new in pairs), proposed
 
 
 def _caught_up(
@@ -140,6 +141,11 @@ def _chunks(
         mine = jnp.where(active, count, 0)
         rows = replace(rows, states=rows_of_their_own(rows.q_start, mine, slot, room))
     return jnp.where(at < (start + count)[:, None], tokens, 0).reshape(-1), rows
+
+
+def _with_states(kept: KV, change: Callable[[Array], Array]) -> KV:
+    """With every pool of states changed; pages are as they are."""
+    return tuple(jax.tree.map(change, each) if isinstance(each, LayerStates) else each for each in kept)
 
 
 def _likeliest(draft: Compute, params: Params, hidden: Array) -> Array:

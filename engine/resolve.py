@@ -278,10 +278,10 @@ def _state_bytes(
     options: EngineOptions, model: ModelConfig, dtype: str, draft: ModelFiles | None, device: DeviceFacts
 ) -> int:
     """Of one sequence, those of a draft model too."""
-    each = [(model, dtype)]
+    both = [(model, dtype)]
     if draft is not None:
-        each.append((draft.model, dtype_of(options.dtype, draft.native_dtype, device)))
-    return sum(one.state_bytes(4 if dtype == "float32" else 2) for one, dtype in each)
+        both.append((draft.model, dtype_of(options.dtype, draft.native_dtype, device)))
+    return sum(one.state_bytes(4 if own == "float32" else 2) for one, own in both)
 
 
 def _states(
