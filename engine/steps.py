@@ -107,7 +107,7 @@ def verify_step(
     chunks = chunk_rows(slots, slot, active, position, max_steps)
     if compute.model.recurrence is not None:
         # Behind what may be drawn keys come from the trash page, and a block of a recurrence would mix them in.
-        mine = jnp.where(active, jnp.minimum(batch["decode_count"], max_steps), 0)
+        mine = jnp.where(active, batch["decode_count"], 0)
         chunks = replace(chunks, states=tried_rows(chunks.q_start, mine, slot, max_steps))
     kv, hidden, load = forward(compute, params, kv, tokens.reshape(-1), nobody(slots), chunks)
     # One position's rows beside each other: an axis of few positions would be padded to a tile, of every row's logits.

@@ -43,11 +43,8 @@ def build(target: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotBuilt("no C++ compiler found (c++, g++ or clang++; or name one in CXX)")
-    isas = (
-        ["avx2", "avx512", "avx512vnni", "avx512bf16"]
-        if _run([compiler, "-dumpmachine"])[:6] == "x86_64"
-        else ["vector"]
-    )
+    is_x86 = _run([compiler, "-dumpmachine"]).startswith("x86_64")
+    isas = ["avx2", "avx512", "avx512vnni", "avx512bf16"] if is_x86 else ["vector"]
     sources = [("native.cc", [f"-isystem{SOURCE}"])]
     for isa in isas:
         flags = [*FLAGS[isa], f"-DISA={isa}", f'-DNAME="{isa}"', f"-DLANES={LANES[isa]}"]

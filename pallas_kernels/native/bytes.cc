@@ -39,7 +39,7 @@ struct Columns {
     return static_cast<const uint8_t*>(m.w) + place(m.in_panels, m.k / (is_int4 ? 2 : 1), m.n, row, c);
   }
 
-  // Rows [first, end) of w, whole groups of int4, as unsigned quads. `ahead` turns once for each stored row.
+  // Rows [first, end) of w, whole groups of int4, as quads. `ahead` turns once for each stored row.
   void unpack(int64_t first, int64_t end, uint8_t* to, Ahead ahead) const {
     const auto rows = [&](const uint8_t* from, Raw (&out)[kVecs]) {
       Raw row[4];
@@ -102,7 +102,7 @@ struct Factors {
 
 enum class Applied { kLater, kScales, kOffsets };  // to a group's sum: nothing, or its scales, or its offsets, too
 
-// sums[kRows, a panel] += what rows [first, end) of w, unpacked, give. Integers and their sums all stay in registers.
+// sums[kRows, a panel] += what rows [first, end) of w, unpacked, give.
 template <int kRows, Applied kApplied, bool kInt4>
 __attribute__((noinline)) void byte_tile(const Columns& w, int64_t row, int64_t first, int64_t end,
                                          const uint8_t* unpacked, const Factors& factors, float* sums, Ahead& ahead) {

@@ -1,6 +1,8 @@
 // Registers of bytes, and products of four of them at once: the processor's own (AVX512-VNNI), else by pairs, whose sums
 // fit into 16 bits.
 #pragma once
+#include <utility>
+
 #include "kernels.h"
 #include "vectors.h"
 
@@ -52,11 +54,9 @@ inline void from_quads(Vec (&v)[4]) {
 #ifdef __AVX512F__
   to_quads(v);
 #else
-  const __m256 a = (__m256)v[0], b = (__m256)v[1], c = (__m256)v[2], d = (__m256)v[3];
-  v[0] = (Vec)_mm256_permute2f128_ps(a, b, 0x20);
-  v[1] = (Vec)_mm256_permute2f128_ps(c, d, 0x20);
-  v[2] = (Vec)_mm256_permute2f128_ps(a, b, 0x31);
-  v[3] = (Vec)_mm256_permute2f128_ps(c, d, 0x31);
+  std::swap(v[1], v[2]);
+  to_quads(v);
+  std::swap(v[1], v[2]);
 #endif
 }
 

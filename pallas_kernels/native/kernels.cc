@@ -1,6 +1,8 @@
 // The table of one instruction set.
 #include "kernels.h"
 
+#include "bytes.h"
+
 namespace octavo::ISA {
 
 void columns(const Matmul&, int64_t begin, int64_t end);
@@ -20,7 +22,7 @@ constexpr bool kHalves = true;
 constexpr bool kHalves = false;
 #endif
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#ifdef OCTAVO_BYTES
 constexpr auto kRoundedColumns = rounded_columns;
 constexpr auto kRound = round;
 #else

@@ -49,15 +49,15 @@ def library(path: Path = LIBRARY) -> Library:
     try:
         loaded = ctypes.CDLL(str(path))
         loaded.octavo_isas.restype = ctypes.c_char_p
-        isas = tuple(loaded.octavo_isas().decode().split(","))
-        if isas == ("",):
+        isas = loaded.octavo_isas().decode()
+        if not isas:
             return Library((), "this CPU has none of the instruction sets that it was built for")
         jax.devices("cpu")  # before it exists, a kernel that it refuses would take the backend with it
         for name in CALLS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         return Library((), f"{path.name} cannot be used: {' '.join(str(error).split())}")
-    return Library(isas)
+    return Library(tuple(isas.split(",")))
 
 
 def not_native(target: Target, num_devices: int = 1) -> str | None:

@@ -83,13 +83,21 @@ inline void put(uint16_t* to, Vec value) { narrow(to, value); }
 
 inline Vec splat(float value) { return value - Vec{}; }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// combine(x, y) of all numbers of a vector.
+template <typename Combine>
+inline float folded(Vec v, Combine combine) {
+  const __m128 four = combine(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = combine(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(combine(two, _mm_movehdup_ps(two)));
+}
+#endif
+
 inline float total(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX2__)
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  return folded(v, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
 #else
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
@@ -102,9 +110,7 @@ inline float top(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #elif defined(__AVX2__)
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  return folded(v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
 #else
   float most = v[0];
   for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
